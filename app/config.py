@@ -1,0 +1,108 @@
+"""Settings: every environment variable of the service, in one place.
+
+Each is also readable from a file of the same name (lower case) in `SECRETS_DIR` (default `/run/secrets`).
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.domain.errors import ConfigurationError
+
+DEFAULT_SECRETS_DIR = "/run/secrets"
+
+
+class Settings(BaseSettings):
+    """What the process was told. Never changes after the start; secrets never print."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True)
+
+    database_url: SecretStr = Field(description="PostgreSQL: postgresql://user:password@host:5432/name")
+    redis_url: SecretStr = Field(description="Redis or Valkey: redis://[:password@]host:6379/0")
+    agents: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("app.agents",), description="Packages whose modules define agents, separated by commas."
+    )
+
+    openai_api_key: SecretStr | None = Field(None, description="Key of the model provider. The worker needs it.")
+    openai_base_url: str | None = Field(None, description="Any OpenAI-compatible address; empty means OpenAI itself.")
+    model: str | None = Field(None, description="Asked instead of every agent's own model.")
+
+    langfuse_public_key: str | None = Field(None, description="Langfuse project key; unset means no tracing.")
+    langfuse_secret_key: SecretStr | None = Field(None, description="Langfuse secret key.")
+    langfuse_host: str = Field("https://cloud.langfuse.com", description="Langfuse server.")
+    otlp_endpoints: str = Field("", description="Further OTLP receivers of traces.")
+
+    environment: Literal["development", "staging", "production"] = Field(
+        "development", description="Shown in traces and by /version."
+    )
+    image_digest: str = Field("", description="Digest of the running image, shown by /version and kept on every run.")
+
+    api_host: str = Field("127.0.0.1", description="Address the API binds.")
+    api_port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
+    worker_concurrency: int = Field(100, ge=1, le=10_000, description="Runs that one worker executes at a time.")
+    worker_health_port: int = Field(0, ge=0, le=65535, description="Port of the worker's health probe; 0 means none.")
+    drain_seconds: float = Field(8, gt=0, le=3600, description="Seconds after SIGTERM until open runs are handed back.")
+    lease_seconds: float = Field(20, ge=1, le=600, description="Seconds until a silent worker's runs are taken over.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql://")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("openai_base_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("must start with http:// or https://")
+        return value
+
+    @field_validator("agents", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("log_level", "environment", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return value.lower() if isinstance(value, str) else value
+
+    def require_model_key(self) -> SecretStr:
+        """The provider's key. Raises `ConfigurationError` where it is missing."""
+        if self.openai_api_key is None:
+            raise ConfigurationError("OPENAI_API_KEY is missing: the worker cannot ask a model without it")
+        return self.openai_api_key
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment and the secrets directory.
+
+    Raises `ConfigurationError`: one line that names every variable that is missing or malformed, never a value.
+    """
+    secrets_dir = Path(os.environ.get("SECRETS_DIR", DEFAULT_SECRETS_DIR))
+    try:
+        return Settings(_secrets_dir=secrets_dir if secrets_dir.is_dir() else None, **overrides)
+    except ValidationError as error:
+        raise ConfigurationError("; ".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _explain(problem: Any) -> str:
+    field = str(problem["loc"][0])
+    variable = field.upper()
+    if problem["type"] == "missing":
+        return f"{variable} is missing: {Settings.model_fields[field].description}"
+    return f"{variable} is malformed: {problem['msg'].removeprefix('Value error, ')}"

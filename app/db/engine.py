@@ -1,0 +1,43 @@
+"""The connection pool."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+
+def driver_url(database_url: str) -> str:
+    """The address with psycopg 3 as its driver."""
+    return make_url(database_url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def make_engine(database_url: str, *, pool_size: int, application_name: str) -> AsyncEngine:
+    """An engine in autocommit: each statement is a transaction. Where several belong together: `transactional`."""
+    return create_async_engine(
+        driver_url(database_url),
+        isolation_level="AUTOCOMMIT",
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=5.0,
+        pool_pre_ping=True,
+        connect_args={"application_name": application_name, "connect_timeout": 5},
+    )
+
+
+def transactional(engine: AsyncEngine) -> AsyncEngine:
+    """The same pool, for `begin()`: several statements, one transaction."""
+    return engine.execution_options(isolation_level="READ COMMITTED")
+
+
+class ReadOnlyDatabase:
+    """What tools get: statements in a read-only transaction."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = transactional(engine).execution_options(postgresql_readonly=True)
+
+    async def fetch_all(self, sql: str, parameters: Mapping[str, object]) -> Sequence[Mapping[str, Any]]:
+        async with self._engine.begin() as connection:
+            result = await connection.execute(text(sql), dict(parameters))
+            return [dict(row) for row in result.mappings()]

@@ -1,0 +1,155 @@
+"""The tables, as SQLAlchemy sees them. The migrations make them; a test compares the two."""
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData()
+
+
+def _time(name: str, *, nullable: bool = True, default_now: bool = False) -> Column[DateTime]:
+    return Column(
+        name, DateTime(timezone=True), nullable=nullable, server_default=func.now() if default_now else None
+    )
+
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("key_hash", LargeBinary, nullable=False),
+    Column("scopes", ARRAY(Text), nullable=False),
+    _time("created_at", nullable=False, default_now=True),
+    _time("expires_at"),
+    _time("revoked_at"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("api_key_id", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("agent", Text, nullable=False),
+    Column("agent_version", Text, nullable=False),
+    Column("image_digest", Text, nullable=False, server_default=""),
+    Column("input", JSONB, nullable=False),
+    Column("metadata", JSONB, nullable=False),
+    Column("limits", JSONB, nullable=False),
+    Column("priority", SmallInteger, nullable=False),
+    Column("idempotency_key", Text),
+    Column("request_hash", LargeBinary, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("stop_reason", Text),
+    Column("output", JSONB),
+    Column("error", Text),
+    Column("model_calls", Integer, nullable=False, server_default=text("0")),
+    Column("input_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("cached_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("output_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("cost_usd", Numeric(14, 8), server_default=text("0")),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("lost_leases", Integer, nullable=False, server_default=text("0")),
+    Column("lease_token", Uuid),
+    _time("lease_until"),
+    Column("worker", Text),
+    Column("needs_enqueue", Boolean, nullable=False, server_default=text("false")),
+    Column("active_ms", BigInteger, nullable=False, server_default=text("0")),
+    _time("running_since"),
+    _time("created_at", nullable=False, default_now=True),
+    _time("queued_at", nullable=False, default_now=True),
+    _time("started_at"),
+    _time("ended_at"),
+    # A run's id is a UUIDv7, so the order of ids is the order of submission.
+    Index("runs_by_tenant", "tenant", "id"),
+    Index("runs_by_status", "tenant", "status", "id"),
+    Index("runs_by_agent", "tenant", "agent", "id"),
+    Index(
+        "runs_idempotency",
+        "tenant",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=text("idempotency_key IS NOT NULL"),
+    ),
+    Index("runs_queued", "id", postgresql_where=text("status = 'queued'")),
+    Index("runs_running", "id", postgresql_where=text("status = 'running'")),
+    Index("runs_to_enqueue", "id", postgresql_where=text("needs_enqueue")),
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("run_id", Uuid, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("state", Text),
+    Column("body", JSONB, nullable=False),
+    _time("recorded_at", nullable=False, default_now=True),
+    PrimaryKeyConstraint("run_id", "seq"),
+)
+
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("run_id", Uuid, nullable=False),
+    Column("agent", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("tool", Text, nullable=False),
+    Column("arguments", JSONB, nullable=False),
+    Column("args_hash", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("decision", Text),
+    Column("reason", Text),
+    Column("response", Text),
+    Column("decided_by", Text),
+    _time("created_at", nullable=False, default_now=True),
+    _time("decided_at"),
+    _time("expires_at", nullable=False),
+    Index("reviews_by_tenant", "tenant", "id"),
+    Index("reviews_by_run", "run_id"),
+    Index("reviews_pending", "expires_at", postgresql_where=text("status = 'pending'")),
+)
+
+audit_heads = Table(
+    "audit_heads",
+    metadata,
+    Column("run_id", Uuid, primary_key=True),
+    Column("seq", Integer, nullable=False),
+)
+
+audit_events = Table(
+    "audit_events",
+    metadata,
+    Column("run_id", Uuid, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("tenant", Text, nullable=False),
+    _time("at", nullable=False, default_now=True),
+    Column("actor", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("data", JSONB, nullable=False),
+    PrimaryKeyConstraint("run_id", "seq"),
+)

@@ -1,0 +1,1 @@
+"""Plain types. Imports nothing of the project, and of libraries only pydantic."""

@@ -1,0 +1,86 @@
+"""What an agent is: instructions, tools, a model and the limits of every run."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cached_property
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter
+
+from app.domain.tool import Tool
+
+DEFAULT_MODEL = "gpt-5-mini"
+TextInput = Annotated[str, StringConstraints(min_length=1, max_length=100_000, pattern=r"\S")]
+"""Text with something in it: what an agent takes when it declares no input of its own."""
+
+
+class Limits(BaseModel):
+    """The bounds of one run. A request may lower them, never raise them; none can be switched off,
+    but `max_cost_usd` may be null for an agent whose model has no price."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_steps: int = Field(10, ge=1, le=1_000, description="Model calls.")
+    max_tokens: int = Field(100_000, ge=1, le=100_000_000, description="Input and output tokens of all calls together.")
+    max_cost_usd: Decimal | None = Field(Decimal("0.50"), gt=0, le=10_000, description="US dollars for all calls.")
+    deadline_s: float = Field(300, gt=0, le=86_400, description="Seconds of running time; waiting does not count.")
+    max_repeats: int = Field(3, ge=1, le=100, description="Times the same tool may be called with the same arguments.")
+    max_attempts: int = Field(5, ge=1, le=100, description="Workers that may die while executing the run.")
+    max_mistakes: int = Field(3, ge=0, le=100, description="Mistakes in a row that the model may correct.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agent:
+    """An agent, as its author writes it.
+
+    `input`: what a request must send; text by default, or a pydantic model, given to the model as JSON.
+    `output`: a pydantic model that the answer must fit; None means text.
+    `instructions`: the system prompt, or a function that makes it from the run's validated input.
+    `model_timeout_s`: seconds for one model call. `max_output_tokens`: the most that one reply may hold.
+    """
+
+    name: str
+    instructions: str | Callable[[JsonValue], str]
+    description: str = ""
+    version: str = "1"
+    tools: Sequence[Tool] = ()
+    model: str = DEFAULT_MODEL
+    fallback_models: Sequence[str] = ()
+    input: type[BaseModel] | None = None
+    output: type[BaseModel] | None = None
+    limits: Limits = field(default_factory=Limits)
+    max_output_tokens: int = 4_096
+    model_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
+            raise ValueError(f"agent name {self.name!r}: use lower-case letters, digits, '-' and '_', at most 64")
+        names = [tool.name for tool in self.tools]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"agent {self.name!r} lists a tool twice: {', '.join(sorted(repeated))}")
+
+    @cached_property
+    def tools_by_name(self) -> dict[str, Tool]:
+        return {tool.name: tool for tool in self.tools}
+
+    @cached_property
+    def _input(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.input or TextInput)
+
+    @cached_property
+    def input_schema(self) -> dict[str, Any]:
+        """JSON schema of `input` in a request."""
+        return self._input.json_schema()
+
+    def validate_input(self, value: JsonValue) -> JsonValue:
+        """The input as it is stored and given to the model.
+
+        Raises `pydantic.ValidationError`.
+        """
+        stored: JsonValue = self._input.dump_python(self._input.validate_python(value), mode="json")
+        return stored
+
+    def render_instructions(self, value: JsonValue) -> str:
+        return self.instructions if isinstance(self.instructions, str) else self.instructions(value)

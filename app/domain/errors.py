@@ -1,0 +1,152 @@
+"""Every error the service raises on purpose.
+
+    AgentServiceError
+    ├── ConfigurationError      the process cannot start like this; the message is one line that names the variable
+    ├── RequestError            a request was refused; carries its HTTP status and a stable problem type
+    │   ├── NotFound                404
+    │   ├── Unauthorized            401
+    │   ├── MissingScope            403
+    │   ├── Conflict                409
+    │   ├── InvalidRequest          422
+    │   │   ├── UnknownAgent
+    │   │   ├── LimitRaised
+    │   │   ├── UnpricedModel
+    │   │   └── IdempotencyMismatch
+    │   └── Unavailable             503
+    ├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
+    ├── ToolError               raised by a tool: it did not work, and the model is told why
+    ├── ModelError
+    │   ├── ModelUnavailable        transient: rate limit, 5xx, timeout, broken connection or reply
+    │   └── ModelRefused            permanent: the provider will not answer this request
+    └── LeaseLost               somebody else owns the run now, or it has ended: stop quietly
+"""
+
+from typing import ClassVar
+
+
+class AgentServiceError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigurationError(AgentServiceError):
+    """The process cannot start; the message is one line and names the variable, never a secret."""
+
+
+class FieldError:
+    """One wrong place in a request: a JSON pointer (`#/limits/max_steps`) and what is wrong there."""
+
+    __slots__ = ("detail", "pointer")
+
+    def __init__(self, pointer: str, detail: str) -> None:
+        self.pointer = pointer
+        self.detail = detail
+
+
+class RequestError(AgentServiceError):
+    """A request was refused. One handler renders all of these as problem+json.
+
+    The message goes to the caller: it never holds a secret or an internal detail.
+    """
+
+    status: ClassVar[int] = 400
+    problem: ClassVar[str] = "bad-request"
+    title: ClassVar[str] = "Bad request"
+
+    def __init__(
+        self, detail: str, *, errors: tuple[FieldError, ...] = (), headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors
+        self.headers = headers or {}
+
+
+class NotFound(RequestError):
+    """Missing, or another tenant's: the caller cannot tell which."""
+
+    status = 404
+    problem = "not-found"
+    title = "Not found"
+
+
+class Unauthorized(RequestError):
+    status = 401
+    problem = "unauthorized"
+    title = "A valid API key is needed"
+
+
+class MissingScope(RequestError):
+    status = 403
+    problem = "missing-scope"
+    title = "The API key may not do this"
+
+
+class Conflict(RequestError):
+    """The thing is no longer in a state in which this can be done."""
+
+    status = 409
+    problem = "conflict"
+    title = "Not possible any more"
+
+
+class InvalidRequest(RequestError):
+    status = 422
+    problem = "invalid-request"
+    title = "The request is not valid"
+
+
+class UnknownAgent(InvalidRequest):
+    problem = "unknown-agent"
+    title = "No such agent"
+
+
+class LimitRaised(InvalidRequest):
+    problem = "limit-raised"
+    title = "A limit may be lowered, never raised"
+
+
+class UnpricedModel(InvalidRequest):
+    problem = "unpriced-model"
+    title = "The agent's model has no price"
+
+
+class IdempotencyMismatch(InvalidRequest):
+    problem = "idempotency-mismatch"
+    title = "The idempotency key belongs to another request"
+
+
+class Unavailable(RequestError):
+    status = 503
+    problem = "unavailable"
+    title = "Temporarily unavailable"
+
+
+class QueueUnavailable(AgentServiceError):
+    """Redis did not take the job. Not an error for the caller: Postgres has the run."""
+
+
+class ToolError(AgentServiceError):
+    """Raised by a tool when it did not work and had no effect; the message goes to the model."""
+
+
+class ModelError(AgentServiceError):
+    """No reply from the model. The message is for logs: it may quote the provider."""
+
+
+class ModelUnavailable(ModelError):
+    """Transient: worth another try.
+
+    `retry_after`: seconds the provider asked us to wait, where it said so.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ModelRefused(ModelError):
+    """Permanent: the same request would be refused again."""
+
+
+class LeaseLost(AgentServiceError):
+    """The run is not ours any more: its lease was taken over, or it was cancelled. Nothing may be written."""

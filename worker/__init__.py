@@ -1,0 +1,1 @@
+"""Executes runs. Imports app, never app.api."""
