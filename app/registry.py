@@ -46,7 +46,7 @@ def _agents_of(package: str) -> Iterator[Agent]:
         root = importlib.import_module(package)
         names = [f"{package}.{module.name}" for module in pkgutil.iter_modules(getattr(root, "__path__", []))]
         modules = [root, *(importlib.import_module(name) for name in names)]
-    except Exception as error:  # noqa: BLE001 - an agent's module may fail in any way; the start says which one
+    except Exception as error:
         raise ConfigurationError(f"AGENTS: cannot import {package}: {type(error).__name__}: {error}") from error
     seen: set[int] = set()
     for module in modules:

@@ -1,5 +1,7 @@
 """The tables, as SQLAlchemy sees them. The migrations make them; a test compares the two."""
 
+from datetime import datetime
+
 from sqlalchemy import (
     ARRAY,
     BigInteger,
@@ -24,10 +26,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 metadata = MetaData()
 
 
-def _time(name: str, *, nullable: bool = True, default_now: bool = False) -> Column[DateTime]:
-    return Column(
-        name, DateTime(timezone=True), nullable=nullable, server_default=func.now() if default_now else None
-    )
+def _time(name: str, *, nullable: bool = True, default_now: bool = False) -> Column[datetime]:
+    return Column(name, DateTime(timezone=True), nullable=nullable, server_default=func.now() if default_now else None)
 
 
 api_keys = Table(

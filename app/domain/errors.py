@@ -1,24 +1,24 @@
 """Every error the service raises on purpose.
 
-    AgentServiceError
-    ├── ConfigurationError      the process cannot start like this; the message is one line that names the variable
-    ├── RequestError            a request was refused; carries its HTTP status and a stable problem type
-    │   ├── NotFound                404
-    │   ├── Unauthorized            401
-    │   ├── MissingScope            403
-    │   ├── Conflict                409
-    │   ├── InvalidRequest          422
-    │   │   ├── UnknownAgent
-    │   │   ├── LimitRaised
-    │   │   ├── UnpricedModel
-    │   │   └── IdempotencyMismatch
-    │   └── Unavailable             503
-    ├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
-    ├── ToolError               raised by a tool: it did not work, and the model is told why
-    ├── ModelError
-    │   ├── ModelUnavailable        transient: rate limit, 5xx, timeout, broken connection or reply
-    │   └── ModelRefused            permanent: the provider will not answer this request
-    └── LeaseLost               somebody else owns the run now, or it has ended: stop quietly
+AgentServiceError
+├── ConfigurationError      the process cannot start like this; the message is one line that names the variable
+├── RequestError            a request was refused; carries its HTTP status and a stable problem type
+│   ├── NotFound                404
+│   ├── Unauthorized            401
+│   ├── MissingScope            403
+│   ├── Conflict                409
+│   ├── InvalidRequest          422
+│   │   ├── UnknownAgent
+│   │   ├── LimitRaised
+│   │   ├── UnpricedModel
+│   │   └── IdempotencyMismatch
+│   └── Unavailable             503
+├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
+├── ToolError               raised by a tool: it did not work, and the model is told why
+├── ModelError
+│   ├── ModelUnavailable        transient: rate limit, 5xx, timeout, broken connection or reply
+│   └── ModelRefused            permanent: the provider will not answer this request
+└── LeaseLost               somebody else owns the run now, or it has ended: stop quietly
 """
 
 from typing import ClassVar

@@ -1,0 +1,299 @@
+"""Runs as a worker holds them: claim, record, suspend, requeue, finish, and what the sweeper does with lost leases.
+
+Every write after the claim is one statement that applies only while the run is `running` under the claim's token;
+zero rows mean that somebody else owns the run, or that it has ended: `LeaseLost`. The clock is Postgres'.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+from pydantic import JsonValue
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.elements import TextClause
+
+from app.db.audit import audit_parameters
+from app.db.runs import COLUMNS, run_of
+from app.db.steps import step_parameters
+from app.domain.audit import AuditEntry, AuditKind
+from app.domain.errors import LeaseLost
+from app.domain.ids import new_id
+from app.domain.review import ReviewRequest
+from app.domain.run import Claim, Priority, RunStatus, RunUsage, StopReason
+from app.domain.step import Step
+
+_HELD = "id = :id AND status = 'running' AND lease_token = :token"
+_LET_GO = """
+    lease_token = NULL, lease_until = NULL, running_since = NULL,
+    active_ms = active_ms + extract(epoch FROM now() - running_since) * 1000
+"""
+
+_CLAIM = text(f"""
+    WITH claimed AS (
+        UPDATE runs
+        SET status = 'running', attempt = attempt + 1, lease_token = :token,
+            lease_until = now() + make_interval(secs => :lease_seconds), worker = :worker, image_digest = :image_digest,
+            running_since = now(), started_at = coalesce(started_at, now()), needs_enqueue = false
+        WHERE id = :id AND status = 'queued'
+        RETURNING {COLUMNS}
+    )
+    SELECT claimed.*,
+           append_audit(id, tenant, :actor, jsonb_build_array(jsonb_build_object(
+               'kind', CAST(:kind AS text), 'data', CAST(:data AS jsonb) || jsonb_build_object('attempt', attempt))))
+    FROM claimed
+""")  # noqa: S608 - the fragments in this module are constants
+
+
+async def claim(
+    connection: AsyncConnection, run_id: UUID, *, worker: str, lease_seconds: float, image_digest: str
+) -> Claim | None:
+    """queued → running, under a fresh token. None: there is nothing to claim (any more)."""
+    token = uuid4()
+    result = await connection.execute(
+        _CLAIM,
+        {
+            "id": run_id,
+            "token": token,
+            "lease_seconds": lease_seconds,
+            "worker": worker,
+            "image_digest": image_digest,
+            "actor": f"worker:{worker}",
+            "kind": AuditKind.RUN_CLAIMED,
+            "data": json.dumps({"image_digest": image_digest}),
+        },
+    )
+    row = result.mappings().one_or_none()
+    return Claim(run=run_of(row), token=token) if row else None
+
+
+_EXTEND = text("""
+    UPDATE runs SET lease_until = now() + make_interval(secs => :lease_seconds)
+    FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS held (run_id, token)
+    WHERE id = held.run_id AND lease_token = held.token AND status = 'running'
+    RETURNING id
+""")
+
+
+async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_seconds: float) -> set[UUID]:
+    """Heartbeat of all runs of a process (run id → token) in one statement. Returns those that are still held."""
+    result = await connection.execute(
+        _EXTEND, {"ids": list(held), "tokens": list(held.values()), "lease_seconds": lease_seconds}
+    )
+    return set(result.scalars())
+
+
+_RECORD = text(f"""
+    WITH held AS (
+        UPDATE runs
+        SET model_calls = model_calls + :model_calls, input_tokens = input_tokens + :input_tokens,
+            cached_tokens = cached_tokens + :cached_tokens, output_tokens = output_tokens + :output_tokens,
+            cost_usd = cost_usd + CAST(:cost_usd AS numeric)
+        WHERE {_HELD}
+        RETURNING id, tenant
+    ), recorded AS (
+        INSERT INTO steps (run_id, seq, kind, attempt, state, body)
+        SELECT held.id, step.seq, step.kind, step.attempt, step.state, step.body
+        FROM held,
+             jsonb_to_recordset(CAST(:steps AS jsonb)) AS step (seq int, kind text, attempt int, state text, body jsonb)
+        ON CONFLICT (run_id, seq) DO UPDATE
+        SET attempt = excluded.attempt, state = excluded.state, body = excluded.body, recorded_at = now()
+        WHERE steps.state IN ('intended', 'in_doubt')
+    )
+    SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
+""")  # noqa: S608
+
+NOTHING_USED = RunUsage()
+
+
+async def record(
+    connection: AsyncConnection,
+    claim: Claim,
+    steps: Sequence[Step],
+    *,
+    audit: Sequence[AuditEntry],
+    actor: str,
+    used: RunUsage = NOTHING_USED,
+) -> None:
+    """Add steps (a tool step replaces its intent), what they used and their audit: one commit.
+
+    Raises `LeaseLost`.
+    """
+    await _write(
+        connection,
+        _RECORD,
+        claim,
+        {
+            "model_calls": used.model_calls,
+            "input_tokens": used.input_tokens,
+            "cached_tokens": used.cached_tokens,
+            "output_tokens": used.output_tokens,
+            "cost_usd": used.cost_usd,
+            "steps": step_parameters(steps),
+            **audit_parameters(actor, *audit),
+        },
+    )
+
+
+_SUSPEND = text(f"""
+    WITH held AS (
+        UPDATE runs SET status = 'waiting', {_LET_GO} WHERE {_HELD} RETURNING id, tenant, agent
+    ), doubted AS (
+        UPDATE steps SET state = 'in_doubt' FROM held WHERE run_id = held.id AND state = 'intended'
+    ), asked AS (
+        INSERT INTO reviews (id, tenant, run_id, agent, kind, seq, tool, arguments, args_hash, status, expires_at)
+        SELECT review.id, held.tenant, held.id, held.agent, review.kind, review.seq, review.tool, review.arguments,
+               review.args_hash, 'pending', now() + make_interval(secs => :expires_in)
+        FROM held, jsonb_to_recordset(CAST(:reviews AS jsonb))
+             AS review (id uuid, kind text, seq int, tool text, arguments jsonb, args_hash text)
+    )
+    SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
+""")  # noqa: S608
+
+
+async def suspend(
+    connection: AsyncConnection, claim: Claim, reviews: Sequence[ReviewRequest], *, actor: str, expires_in: timedelta
+) -> None:
+    """running → waiting, with the questions that have to be answered before it goes on.
+
+    Raises `LeaseLost`.
+    """
+    rows = [{"id": str(new_id()), **_review_row(review)} for review in reviews]
+    entries = [
+        AuditEntry(
+            AuditKind.REVIEW_REQUESTED,
+            {"review": row["id"], "kind": row["kind"], "tool": row["tool"], "args_sha256": row["args_hash"]},
+        )
+        for row in rows
+    ]
+    await _write(
+        connection,
+        _SUSPEND,
+        claim,
+        {
+            "reviews": json.dumps(rows),
+            "expires_in": expires_in.total_seconds(),
+            **audit_parameters(actor, *entries, AuditEntry(AuditKind.RUN_SUSPENDED)),
+        },
+    )
+
+
+def _review_row(review: ReviewRequest) -> dict[str, JsonValue]:
+    return {
+        "kind": review.kind,
+        "seq": review.seq,
+        "tool": review.tool,
+        "arguments": review.arguments,
+        "args_hash": review.args_hash,
+    }
+
+
+_REQUEUE = text(f"""
+    WITH held AS (
+        UPDATE runs SET status = 'queued', queued_at = now(), {_LET_GO} WHERE {_HELD} RETURNING id, tenant
+    )
+    SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
+""")  # noqa: S608
+
+
+async def requeue(connection: AsyncConnection, claim: Claim, *, actor: str, why: str) -> None:
+    """running → queued: handed back, another worker goes on from the last recorded step.
+
+    Raises `LeaseLost`.
+    """
+    entry = AuditEntry(AuditKind.RUN_REQUEUED, {"why": why})
+    await _write(connection, _REQUEUE, claim, audit_parameters(actor, entry))
+
+
+_FINISH = text(f"""
+    WITH held AS (
+        UPDATE runs
+        SET status = :status, stop_reason = :stop_reason, output = CAST(:output AS jsonb), error = :error,
+            ended_at = now(), {_LET_GO}
+        WHERE {_HELD}
+        RETURNING id, tenant
+    ), doubted AS (
+        UPDATE steps SET state = 'in_doubt' FROM held WHERE run_id = held.id AND state = 'intended'
+    )
+    SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
+""")  # noqa: S608
+
+
+async def finish(
+    connection: AsyncConnection,
+    claim: Claim,
+    reason: StopReason,
+    *,
+    actor: str,
+    output: JsonValue = None,
+    error: str | None = None,
+) -> None:
+    """running → the terminal state that goes with the reason. An intent without a result is `in_doubt` for ever.
+
+    Raises `LeaseLost`.
+    """
+    data: dict[str, JsonValue] = {"stop_reason": reason}
+    await _write(
+        connection,
+        _FINISH,
+        claim,
+        {
+            "status": reason.status,
+            "stop_reason": reason,
+            "output": None if output is None else json.dumps(output),
+            "error": error,
+            **audit_parameters(actor, AuditEntry(_END[reason.status], data)),
+        },
+    )
+
+
+_END = {
+    RunStatus.SUCCEEDED: AuditKind.RUN_SUCCEEDED,
+    RunStatus.FAILED: AuditKind.RUN_FAILED,
+    RunStatus.CANCELLED: AuditKind.RUN_CANCELLED,
+}
+
+
+async def _write(connection: AsyncConnection, statement: TextClause, claim: Claim, parameters: dict[str, Any]) -> None:
+    result = await connection.execute(statement, {"id": claim.run.id, "token": claim.token, **parameters})
+    if result.first() is None:
+        raise LeaseLost(f"run {claim.run.id} is not held any more")
+
+
+_RESCUE = text("""
+    WITH expired AS (
+        SELECT id, tenant, worker, attempt, lost_leases + 1 >= CAST(limits ->> 'max_attempts' AS int) AS is_last
+        FROM runs WHERE status = 'running' AND lease_until < now()
+        ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), rescued AS (
+        UPDATE runs
+        SET status = CASE WHEN is_last THEN 'failed' ELSE 'queued' END,
+            stop_reason = CASE WHEN is_last THEN 'max_attempts' END,
+            ended_at = CASE WHEN is_last THEN now() END,
+            lost_leases = lost_leases + 1, queued_at = now(),
+            active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
+            lease_token = NULL, lease_until = NULL, running_since = NULL
+        FROM expired WHERE runs.id = expired.id
+        RETURNING runs.id, runs.tenant, runs.priority, runs.status, expired.worker, expired.attempt, is_last
+    ), doubted AS (
+        UPDATE steps SET state = 'in_doubt' FROM rescued WHERE run_id = rescued.id AND is_last AND state = 'intended'
+    )
+    SELECT id, priority, status,
+           append_audit(id, tenant, 'sweeper', jsonb_build_array(jsonb_build_object(
+               'kind', CASE WHEN is_last THEN 'run.failed' ELSE 'run.requeued' END,
+               'data', jsonb_build_object('why', 'lease expired', 'lost_worker', worker, 'attempt', attempt)
+                    || CASE WHEN is_last THEN jsonb_build_object('stop_reason', 'max_attempts') ELSE '{}' END)))
+    FROM rescued
+""")
+
+
+async def rescue_expired(
+    connection: AsyncConnection, *, limit: int
+) -> tuple[Sequence[tuple[UUID, Priority]], Sequence[UUID]]:
+    """running, but the lease is over → queued, or failed after `max_attempts`: (runs to enqueue, runs that ended)."""
+    rows = list((await connection.execute(_RESCUE, {"limit": limit})).mappings())
+    requeued = [(row["id"], Priority(row["priority"])) for row in rows if row["status"] == RunStatus.QUEUED]
+    ended = [row["id"] for row in rows if row["status"] != RunStatus.QUEUED]
+    return requeued, ended

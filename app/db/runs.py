@@ -1,0 +1,185 @@
+"""Runs as their submitter sees them: accept, read, list, cancel. What a worker does to them is in `leases`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.db.audit import audit_parameters
+from app.domain.agent import Limits
+from app.domain.audit import AuditEntry, AuditKind
+from app.domain.canonical import digest
+from app.domain.run import NewRun, Priority, Run, RunStatus, RunUsage, StopReason
+
+COLUMNS = """
+    id, tenant, agent, agent_version, input, metadata, limits, priority, status, stop_reason, output, error,
+    model_calls, input_tokens, cached_tokens, output_tokens, cost_usd, attempt, active_ms,
+    created_at, started_at, ended_at
+"""
+
+
+def run_of(row: RowMapping) -> Run:
+    """A row that has `COLUMNS`, as a run."""
+    return Run(
+        id=row["id"],
+        tenant=row["tenant"],
+        agent=row["agent"],
+        agent_version=row["agent_version"],
+        input=row["input"],
+        metadata=row["metadata"],
+        limits=Limits.model_validate(row["limits"]),
+        priority=Priority(row["priority"]),
+        status=RunStatus(row["status"]),
+        stop_reason=StopReason(row["stop_reason"]) if row["stop_reason"] else None,
+        output=row["output"],
+        error=row["error"],
+        usage=RunUsage(
+            model_calls=row["model_calls"],
+            input_tokens=row["input_tokens"],
+            cached_tokens=row["cached_tokens"],
+            output_tokens=row["output_tokens"],
+            cost_usd=row["cost_usd"],
+        ),
+        attempt=row["attempt"],
+        active_ms=row["active_ms"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        ended_at=row["ended_at"],
+    )
+
+
+_ACCEPT = text(f"""
+    WITH accepted AS (
+        INSERT INTO runs (id, tenant, api_key_id, request_id, agent, agent_version, input, metadata, limits, priority,
+                          idempotency_key, request_hash, status)
+        VALUES (:id, :tenant, :api_key_id, :request_id, :agent, :agent_version, CAST(:input AS jsonb),
+                CAST(:metadata AS jsonb), CAST(:limits AS jsonb), :priority, :idempotency_key, :request_hash, 'queued')
+        ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+        RETURNING {COLUMNS}
+    )
+    SELECT accepted.*, append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM accepted
+""")  # noqa: S608 - the columns are a constant
+
+
+async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
+    """Store a submission as a queued run. None: the tenant has used this idempotency key before."""
+    entry = AuditEntry(
+        AuditKind.RUN_ACCEPTED,
+        {
+            "agent": new.agent,
+            "agent_version": new.agent_version,
+            "input_sha256": digest(new.input),
+            "limits": new.limits.model_dump(mode="json"),
+            "request_id": new.request_id,
+        },
+    )
+    result = await connection.execute(
+        _ACCEPT,
+        {
+            "id": new.id,
+            "tenant": new.tenant,
+            "api_key_id": new.api_key_id,
+            "request_id": new.request_id,
+            "agent": new.agent,
+            "agent_version": new.agent_version,
+            "input": json.dumps(new.input),
+            "metadata": json.dumps(new.metadata),
+            "limits": new.limits.model_dump_json(),
+            "priority": new.priority,
+            "idempotency_key": new.idempotency_key,
+            "request_hash": new.request_hash,
+            **audit_parameters(f"key:{new.api_key_id}", entry),
+        },
+    )
+    row = result.mappings().one_or_none()
+    return run_of(row) if row else None
+
+
+_BY_IDEMPOTENCY_KEY = text(f"""
+    SELECT {COLUMNS}, request_hash FROM runs WHERE tenant = :tenant AND idempotency_key = :idempotency_key
+""")  # noqa: S608
+
+
+async def find_by_idempotency_key(
+    connection: AsyncConnection, tenant: str, idempotency_key: str
+) -> tuple[Run, bytes] | None:
+    """The run that was accepted under this key, and the hash of its request."""
+    result = await connection.execute(_BY_IDEMPOTENCY_KEY, {"tenant": tenant, "idempotency_key": idempotency_key})
+    row = result.mappings().one_or_none()
+    return (run_of(row), bytes(row["request_hash"])) if row else None
+
+
+_NEEDS_ENQUEUE = text("UPDATE runs SET needs_enqueue = true WHERE id = :id AND status = 'queued'")
+
+
+async def mark_needs_enqueue(connection: AsyncConnection, run_id: UUID) -> None:
+    """Redis did not take it: the sweeper will look for it first."""
+    await connection.execute(_NEEDS_ENQUEUE, {"id": run_id})
+
+
+_GET = text(f"SELECT {COLUMNS} FROM runs WHERE id = :id AND tenant = :tenant")  # noqa: S608
+
+
+async def get(connection: AsyncConnection, run_id: UUID, tenant: str) -> Run | None:
+    """The run, or None where it is missing or another tenant's."""
+    result = await connection.execute(_GET, {"id": run_id, "tenant": tenant})
+    row = result.mappings().one_or_none()
+    return run_of(row) if row else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFilter:
+    """Which runs to list; None means all."""
+
+    status: RunStatus | None = None
+    agent: str | None = None
+    before: UUID | None = None
+    """Only runs submitted before this one: where the previous page ended."""
+
+
+async def list_newest(connection: AsyncConnection, tenant: str, where: RunFilter, *, limit: int) -> Sequence[Run]:
+    """Newest first. Each combination of filters is served from an index, so the table's size does not matter."""
+    conditions = {
+        "status": "status = :status",
+        "agent": "agent = :agent",
+        "before": "id < :before",
+    }
+    parameters = {name: getattr(where, name) for name in conditions if getattr(where, name) is not None}
+    clauses = " AND ".join(["tenant = :tenant", *(conditions[name] for name in parameters)])
+    statement = text(f"SELECT {COLUMNS} FROM runs WHERE {clauses} ORDER BY id DESC LIMIT :limit")  # noqa: S608
+    result = await connection.execute(statement, {**parameters, "tenant": tenant, "limit": limit})
+    return [run_of(row) for row in result.mappings()]
+
+
+_CANCEL = text(f"""
+    WITH cancelled AS (
+        UPDATE runs
+        SET status = 'cancelled', stop_reason = 'cancelled', ended_at = now(),
+            lease_token = NULL, lease_until = NULL, running_since = NULL, needs_enqueue = false,
+            active_ms = active_ms + coalesce(extract(epoch FROM now() - running_since) * 1000, 0)
+        WHERE id = :id AND tenant = :tenant AND status IN ('queued', 'running', 'waiting')
+        RETURNING {COLUMNS}
+    ), doubted AS (
+        UPDATE steps SET state = 'in_doubt' FROM cancelled WHERE run_id = cancelled.id AND state = 'intended'
+    ), voided AS (
+        UPDATE reviews SET status = 'void' FROM cancelled WHERE run_id = cancelled.id AND reviews.status = 'pending'
+    )
+    SELECT cancelled.*, append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM cancelled
+""")  # noqa: S608
+
+
+async def cancel(connection: AsyncConnection, run_id: UUID, tenant: str, *, actor: str) -> Run | None:
+    """queued, running, waiting → cancelled. None: no such run, or it has ended.
+
+    A worker that holds it loses its lease by this and can write nothing more; a call that it had begun, and that
+    cannot be repeated, is `in_doubt` from now on.
+    """
+    result = await connection.execute(
+        _CANCEL,
+        {"id": run_id, "tenant": tenant, **audit_parameters(actor, AuditEntry(AuditKind.RUN_CANCELLED))},
+    )
+    row = result.mappings().one_or_none()
+    return run_of(row) if row else None
