@@ -4,7 +4,6 @@ The RQ job's id is the run's id and its only argument; the serializer is JSON. `
 """
 
 import time
-from collections.abc import Sequence
 from uuid import UUID
 
 from redis import Redis
@@ -12,7 +11,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import Queue
-from rq.exceptions import DuplicateJobError
+from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import Job
 
 from app.domain.errors import QueueUnavailable
@@ -49,6 +48,40 @@ class RunQueue:
         if time.monotonic() < self._closed_until:
             raise QueueUnavailable("Redis failed a moment ago")
         try:
+            self._enqueue(run_id, priority)
+        except RedisError as error:
+            self._closed_until = time.monotonic() + RETRY_AFTER_SECONDS
+            raise QueueUnavailable(str(error)) from error
+
+    def enqueue_again(self, run_id: UUID, priority: Priority = Priority.NORMAL) -> None:
+        """Put a run on the queue whose earlier job may still be known to RQ, because its worker died or is not done
+        with its bookkeeping: whatever is left of that job is forgotten.
+
+        Raises `QueueUnavailable`.
+        """
+        try:
+            if not self._enqueue(run_id, priority):
+                forget(self._queue, str(run_id))
+                self._enqueue(run_id, priority)
+        except RedisError as error:
+            raise QueueUnavailable(str(error)) from error
+
+    def length(self) -> int:
+        """How many runs Redis has queued. Raises `QueueUnavailable`."""
+        try:
+            return int(self._queue.count)
+        except RedisError as error:
+            raise QueueUnavailable(str(error)) from error
+
+    def run_ids(self) -> set[UUID]:
+        """All runs that Redis has queued. Raises `QueueUnavailable`."""
+        try:
+            return {UUID(job_id) for job_id in self._queue.get_job_ids()}
+        except RedisError as error:
+            raise QueueUnavailable(str(error)) from error
+
+    def _enqueue(self, run_id: UUID, priority: Priority) -> bool:
+        try:
             self._queue.enqueue_call(
                 JOB_FUNCTION,
                 args=(str(run_id),),
@@ -60,24 +93,32 @@ class RunQueue:
                 description=f"run {run_id}",
             )
         except DuplicateJobError:
-            return
-        except RedisError as error:
-            self._closed_until = time.monotonic() + RETRY_AFTER_SECONDS
-            raise QueueUnavailable(str(error)) from error
-
-    def missing(self, run_ids: Sequence[UUID]) -> list[UUID]:
-        """Those of the runs that Redis does not know.
-
-        Raises `QueueUnavailable`.
-        """
-        try:
-            with self._redis.pipeline(transaction=False) as pipeline:
-                for run_id in run_ids:
-                    pipeline.exists(Job.key_for(str(run_id)))
-                known = pipeline.execute()
-        except RedisError as error:
-            raise QueueUnavailable(str(error)) from error
-        return [run_id for run_id, exists in zip(run_ids, known, strict=True) if not exists]
+            return False
+        return True
 
     def close(self) -> None:
         self._redis.close()
+
+
+def forget(queue: Queue, job_id: str) -> None:
+    """Remove a job and every trace of it from Redis. Postgres knows what is to become of the run."""
+    try:
+        Job.fetch(job_id, connection=queue.connection, serializer=SERIALIZER).delete()
+    except NoSuchJobError:
+        queue.connection.lrem(queue.key, 0, job_id)
+    queue.intermediate_queue.remove(job_id)
+
+
+def job_of(queue: Queue, job_id: str) -> Job:
+    """A job made anew for an id whose own job Redis has lost."""
+    return Job.create(
+        JOB_FUNCTION,
+        args=(job_id,),
+        id=job_id,
+        origin=queue.name,
+        timeout=-1,
+        result_ttl=0,
+        description=f"run {job_id}",
+        connection=queue.connection,
+        serializer=SERIALIZER,
+    )

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import math
+import re
 
 from pydantic import JsonValue
+
+_ODD = re.compile("[\0\ud800-\udfff]")
 
 
 def canonical_json(value: JsonValue) -> str:
@@ -14,3 +18,24 @@ def canonical_json(value: JsonValue) -> str:
 def digest(value: JsonValue) -> str:
     """SHA-256 (hex) of the canonical form."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def storable(value: JsonValue) -> JsonValue:
+    """The value without what Postgres refuses in JSON: NUL and lone surrogates become U+FFFD, NaN and infinity null.
+
+    For what models and tools say; a request that holds such things is refused instead.
+    """
+    if isinstance(value, str):
+        return _ODD.sub("\ufffd", value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(storable(key)): storable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [storable(item) for item in value]
+    return value
+
+
+def storable_text(text: str) -> str:
+    """`storable` for a string."""
+    return str(storable(text))

@@ -1,0 +1,229 @@
+"""From a run's id to its next rest: claim, run the loop, write down how it ended.
+
+The only place where an outcome becomes a transition.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from random import Random
+from uuid import UUID
+
+from pydantic import JsonValue
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app.db import leases, reviews, steps
+from app.domain.agent import Agent
+from app.domain.canonical import digest
+from app.domain.errors import LeaseLost, ModelError
+from app.domain.run import Claim, StopReason
+from app.logging import bind
+from app.prices import PriceTable
+from app.registry import models_of
+from app.signals import RESTED, Signals
+from worker.journal import RunJournal
+from worker.lease import Held, Interruption, Leases
+from worker.limits import most_output_tokens
+from worker.llm.base import Model, ModelRequest
+from worker.llm.retry import Answer, RetryPolicy, complete
+from worker.loop import Answered, HandedBack, Outcome, Stopped, Suspended, run_loop
+from worker.state import RunState
+from worker.tools.call import ToolCaller
+from worker.transcript import transcript
+
+logger = logging.getLogger(__name__)
+
+REVIEW_EXPIRES_IN = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAsker:
+    """Asks for a run's next reply, through the one layer that retries."""
+
+    provider: Model
+    policy: RetryPolicy
+    random: Random
+
+    async def ask(self, state: RunState) -> Answer:
+        request = ModelRequest(
+            model=state.models[0],
+            messages=transcript(state),
+            tools=state.agent.tools,
+            output=state.agent.output,
+            max_output_tokens=most_output_tokens(state),
+            timeout_s=state.agent.model_timeout_s,
+        )
+        return await complete(
+            self.provider,
+            request,
+            state.models,
+            time_left=state.time_left,
+            policy=self.policy,
+            random=self.random,
+        )
+
+
+class Executor:
+    """Executes runs, many at a time. `worker` is this process' name in leases and audit."""
+
+    def __init__(
+        self,
+        *,
+        worker: str,
+        engine: AsyncEngine,
+        held: Leases,
+        agents: Mapping[str, Agent],
+        model_override: str | None,
+        prices: PriceTable,
+        asker: ModelAsker,
+        caller: ToolCaller,
+        signals: Signals,
+        image_digest: str,
+    ) -> None:
+        self._worker = worker
+        self._actor = f"worker:{worker}"
+        self._engine = engine
+        self._leases = held
+        self._agents = agents
+        self._model_override = model_override
+        self._prices = prices
+        self._asker = asker
+        self._caller = caller
+        self._signals = signals
+        self._image_digest = image_digest
+        self._draining = False
+
+    async def execute(self, run_id: UUID) -> bool:
+        """Take a run as far as it goes. True: it was handed back, and has to be enqueued again.
+
+        Never raises for what a run does. When Postgres is away the run is left as it is: its lease expires, and it
+        goes on from its last recorded step.
+        """
+        with bind(run_id=str(run_id), worker=self._worker):
+            try:
+                return await self._execute(run_id)
+            except LeaseLost:
+                logger.info("run is not ours any more")
+            except (DBAPIError, PoolTimeout) as error:
+                logger.warning("Postgres failed; the run is left to its lease", extra={"fields": {"error": str(error)}})
+            return False
+
+    async def drain(self, seconds: float) -> None:
+        """Take every run to its next commit and hand it back; what takes longer than `seconds` is cut off."""
+        self._draining = True
+        tasks = [held.task for held in self._leases.held.values()]
+        if not tasks:
+            return
+        logger.info("draining", extra={"fields": {"runs": len(tasks), "seconds": seconds}})
+        _, unfinished = await asyncio.wait(tasks, timeout=seconds)
+        for held in list(self._leases.held.values()):
+            if held.task in unfinished:
+                held.interrupt(Interruption.DRAIN)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=seconds)
+
+    async def _execute(self, run_id: UUID) -> bool:
+        if self._draining:
+            return True
+        async with self._engine.connect() as connection:
+            claim = await leases.claim(
+                connection,
+                run_id,
+                worker=self._worker,
+                lease_seconds=self._leases.lease_seconds,
+                image_digest=self._image_digest,
+            )
+        if claim is None:
+            return False
+        task = asyncio.current_task()
+        assert task is not None
+        held = self._leases.held[run_id] = Held(claim, task)
+        try:
+            outcome, error = await self._run(claim)
+        except asyncio.CancelledError:
+            if held.interruption is None:
+                raise
+            task.uncancel()
+            if held.interruption is Interruption.LOST:
+                raise LeaseLost from None
+            outcome, error = HandedBack(), None
+        finally:
+            del self._leases.held[run_id]
+        await self._settle(claim, outcome, error)
+        return isinstance(outcome, HandedBack)
+
+    async def _run(self, claim: Claim) -> tuple[Outcome, str | None]:
+        """The loop, and what its errors mean: the outcome and, for the caller of the API, a reference to the cause."""
+        run = claim.run
+        try:
+            agent = self._agents.get(run.agent)
+            if agent is None:
+                logger.error("agent is not known to this worker", extra={"fields": {"agent": run.agent}})
+                return Stopped(StopReason.INTERNAL_ERROR), f"This worker does not know the agent {run.agent!r}."
+            state = await self._load(claim, agent)
+            journal = RunJournal(self._engine, claim, actor=self._actor, versions=self._versions(agent, run.input))
+            async with asyncio.timeout(max(0.0, state.time_left())):
+                outcome = await run_loop(
+                    state,
+                    journal=journal,
+                    asker=self._asker,
+                    caller=self._caller,
+                    draining=lambda: self._draining,
+                )
+        except TimeoutError:
+            return Stopped(StopReason.DEADLINE), None
+        except ModelError as error:
+            logger.warning("model error", extra={"fields": {"error": str(error)}})
+            return Stopped(StopReason.MODEL_ERROR), "The model gave no usable reply."
+        except (LeaseLost, SQLAlchemyError):
+            raise
+        except Exception:
+            # A bug of ours or of the agent's code. The traceback is for the log; the caller gets the run's id.
+            logger.exception("run crashed")
+            return Stopped(StopReason.INTERNAL_ERROR), f"Internal error; the log has it under run {run.id}."
+        return outcome, None
+
+    async def _load(self, claim: Claim, agent: Agent) -> RunState:
+        run = claim.run
+        recorded = []
+        decided = {}
+        if run.attempt > 1:
+            async with self._engine.connect() as connection:
+                recorded = list(await steps.steps_of(connection, run.id))
+                decided = {review.seq: review for review in await reviews.of_run(connection, run.id)}
+        models = models_of(agent, self._model_override)
+        return RunState(
+            run=run,
+            agent=agent,
+            models=models,
+            prices={model: self._prices[model] for model in models},
+            steps=recorded,
+            reviews=decided,
+            usage=run.usage,
+        )
+
+    async def _settle(self, claim: Claim, outcome: Outcome, error: str | None) -> None:
+        async with self._engine.connect() as connection:
+            match outcome:
+                case Answered(output):
+                    await leases.finish(connection, claim, StopReason.FINAL_ANSWER, actor=self._actor, output=output)
+                case Stopped(reason):
+                    await leases.finish(connection, claim, reason, actor=self._actor, error=error)
+                case Suspended(questions):
+                    await leases.suspend(connection, claim, questions, actor=self._actor, expires_in=REVIEW_EXPIRES_IN)
+                case HandedBack():
+                    await leases.requeue(connection, claim, actor=self._actor, why="drain")
+                    return
+        await self._signals.publish(RESTED, claim.run.id)
+
+    def _versions(self, agent: Agent, run_input: JsonValue) -> dict[str, JsonValue]:
+        return {
+            "agent": agent.name,
+            "agent_version": agent.version,
+            "instructions_sha256": digest(agent.render_instructions(run_input)),
+            "prices_sha256": self._prices.digest,
+        }

@@ -1,0 +1,1 @@
+"""Asking a model: the protocol, the one client, the one layer that retries."""

@@ -1,0 +1,118 @@
+"""The OpenAI SDK behind the `Model` protocol: any server of chat completions. The only file that imports the SDK."""
+
+import json
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self, cast
+
+import openai
+from openai import AsyncOpenAI, DefaultAioHttpClient, Omit, omit
+from openai.types.chat import ChatCompletion
+from pydantic import BaseModel
+
+from app.domain.canonical import storable_text
+from app.domain.errors import ModelRefused, ModelUnavailable
+from app.domain.step import ToolCall, Usage
+from app.domain.tool import Tool
+from worker.llm.base import Message, ModelReply, ModelRequest
+
+_RETRIED_STATUSES = frozenset({408, 409, 425, 429})
+
+
+class OpenAIModel:
+    """One client and connection pool for all runs of the process. The SDK's own retries are off: `retry` does that."""
+
+    def __init__(self, *, api_key: str, base_url: str | None) -> None:
+        self._client = AsyncOpenAI(
+            api_key=api_key, base_url=base_url, max_retries=0, http_client=DefaultAioHttpClient()
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def complete(self, request: ModelRequest) -> ModelReply:
+        try:
+            completion = await self._client.chat.completions.create(
+                model=request.model,
+                messages=[_wire_message(message) for message in request.messages],
+                tools=[_wire_tool(tool) for tool in request.tools] or omit,
+                response_format=_wire_output(request.output),
+                max_completion_tokens=request.max_output_tokens,
+                timeout=request.timeout_s,
+            )
+        except openai.APIStatusError as error:
+            message = f"{request.model}: HTTP {error.status_code}: {error.message}"
+            if error.status_code in _RETRIED_STATUSES or error.status_code >= 500:
+                raise ModelUnavailable(message, retry_after=_retry_after(error)) from error
+            raise ModelRefused(message) from error
+        except (openai.APIConnectionError, openai.APIResponseValidationError, json.JSONDecodeError) as error:
+            raise ModelUnavailable(f"{request.model}: {type(error).__name__}: {error}") from error
+        return _reply(request.model, completion)
+
+
+def _reply(model: str, completion: object) -> ModelReply:
+    # The SDK does not validate replies: a proxy's error page or an empty object arrives here as well.
+    if not isinstance(completion, ChatCompletion) or not completion.choices:
+        raise ModelUnavailable(f"{model}: the reply holds no choice")
+    choice = completion.choices[0]
+    usage = completion.usage
+    details = usage.prompt_tokens_details if usage else None
+    content = choice.message.content or choice.message.refusal
+    return ModelReply(
+        content=storable_text(content) if content else None,
+        tool_calls=tuple(
+            ToolCall(
+                id=storable_text(call.id),
+                name=storable_text(call.function.name),
+                arguments=storable_text(call.function.arguments),
+            )
+            for call in choice.message.tool_calls or ()
+            if call.type == "function"
+        ),
+        finish_reason=cast("str | None", choice.finish_reason) or "stop",
+        usage=Usage(
+            input_tokens=usage.prompt_tokens if usage else 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+            output_tokens=usage.completion_tokens if usage else 0,
+        ),
+    )
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds, from `Retry-After` in its numeric form (providers do not send the date form)."""
+    try:
+        return float(error.response.headers["retry-after"])
+    except (KeyError, ValueError):
+        return None
+
+
+def _wire_message(message: Message) -> Any:
+    wire: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        wire["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        wire["tool_call_id"] = message.tool_call_id
+    return wire
+
+
+def _wire_tool(tool: Tool) -> Any:
+    return {
+        "type": "function",
+        "function": {"name": tool.name, "description": tool.description, "parameters": tool.schema},
+    }
+
+
+@lru_cache(maxsize=1_000)
+def _wire_output(output: type[BaseModel] | None) -> Any | Omit:
+    # Not `strict`: that allows only a subset of JSON schema, and the answer is validated here anyway.
+    if output is None:
+        return omit
+    return {"type": "json_schema", "json_schema": {"name": output.__name__, "schema": output.model_json_schema()}}

@@ -1,0 +1,1 @@
+"""Executing tool calls: what to do with each (`plan`), and doing it (`call`)."""

@@ -1,0 +1,88 @@
+"""Making tool calls: all of a reply at once, plain functions in a bounded thread pool, each within its timeout."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from datetime import UTC, datetime, timedelta
+
+from pydantic_core import to_json
+
+from app.domain.canonical import storable_text
+from app.domain.errors import ToolError
+from app.domain.review import ReviewKind, ReviewRequest
+from app.domain.step import ToolState, ToolStep
+from app.domain.tool import Database, Effect, Tool, ToolContext
+from worker.state import RunState
+from worker.tools.plan import PlannedCall, question
+
+logger = logging.getLogger(__name__)
+
+
+class ToolCaller:
+    """Makes planned calls. `threads` bounds how many plain functions run at a time in this process."""
+
+    def __init__(self, db: Database, threads: Executor) -> None:
+        self._db = db
+        self._threads = threads
+
+    async def make(
+        self, state: RunState, calls: Sequence[PlannedCall]
+    ) -> tuple[Sequence[ToolStep], Sequence[ReviewRequest]]:
+        """The results, and a question for each ONCE call whose outcome cannot be known."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._make_one(state, call)) for call in calls]
+        results = [task.result() for task in tasks]
+        return results, [question(ReviewKind.IN_DOUBT, step) for step in results if step.state is ToolState.IN_DOUBT]
+
+    async def _make_one(self, state: RunState, call: PlannedCall) -> ToolStep:
+        began = time.monotonic()
+        tool_state, result = await self._outcome(state, call)
+        return call.step.model_copy(
+            update={
+                "state": tool_state,
+                "result": result,
+                "duration_ms": round((time.monotonic() - began) * 1000),
+            }
+        )
+
+    async def _outcome(self, state: RunState, call: PlannedCall) -> tuple[ToolState, str | None]:
+        tool = call.tool
+        try:
+            async with asyncio.timeout(tool.timeout_s):
+                value = await self._invoke(state, call)
+        except ToolError as error:
+            return ToolState.FAILED, storable_text(str(error)) or "The tool did not work."
+        except Exception as error:
+            # A tool is somebody else's code: whatever it raises is its failure, not the run's.
+            logger.exception("tool crashed", extra={"fields": {"tool": tool.name}})
+            if tool.effect is Effect.ONCE:
+                return ToolState.IN_DOUBT, None
+            slow = isinstance(error, TimeoutError)
+            return ToolState.CRASHED, f"The tool {'took too long' if slow else 'failed unexpectedly'}."
+        return ToolState.SUCCEEDED, _as_text(value, tool)
+
+    async def _invoke(self, state: RunState, call: PlannedCall) -> object:
+        tool = call.tool
+        arguments = {name: getattr(call.arguments, name) for name in type(call.arguments).model_fields}
+        if tool.context_parameter is not None:
+            arguments[tool.context_parameter] = ToolContext(
+                run_id=state.run.id,
+                tenant=state.run.tenant,
+                attempt=state.run.attempt,
+                deadline=datetime.now(UTC) + timedelta(seconds=state.time_left()),
+                idempotency_key=call.step.idempotency_key,
+                db=self._db,
+            )
+        if tool.is_async:
+            return await tool.function(**arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: tool.function(**arguments))
+
+
+def _as_text(value: object, tool: Tool) -> str:
+    """A tool's return value as the model reads it: text as it is, everything else as JSON."""
+    text = storable_text(value if isinstance(value, str) else to_json(value, serialize_unknown=True).decode())
+    if len(text) <= tool.max_result_chars:
+        return text
+    return f"{text[: tool.max_result_chars]}\n[cut: {len(text)} characters in all]"

@@ -1,0 +1,52 @@
+"""The conversation that a model is shown, made from the run's recorded steps."""
+
+import json
+
+from app.domain.agent import Agent
+from app.domain.canonical import canonical_json
+from app.domain.run import Run
+from app.domain.step import ToolStep
+from worker.llm.base import Message
+from worker.state import RunState
+
+_BYTES_OVERHEAD = 16
+"""Tokens that a message costs beside its text, generously."""
+
+
+def transcript(state: RunState) -> list[Message]:
+    """Instructions, input, then each reply with its results in the order in which the model asked for them."""
+    messages = _opening(state.agent, state.run)
+    for step in state.steps:
+        if isinstance(step, ToolStep):
+            messages.append(Message(role="tool", content=step.result or "", tool_call_id=step.call_id))
+            continue
+        messages.append(Message(role="assistant", content=step.content, tool_calls=step.tool_calls))
+        if step.correction is not None:
+            messages.append(Message(role="user", content=step.correction))
+    return messages
+
+
+def _opening(agent: Agent, run: Run) -> list[Message]:
+    content = run.input if isinstance(run.input, str) else canonical_json(run.input)
+    return [
+        Message(role="system", content=agent.render_instructions(run.input)),
+        Message(role="user", content=content),
+    ]
+
+
+def most_input_tokens(state: RunState) -> int:
+    """The most tokens that the next request can hold: exact up to the last reply, and a byte a token after that."""
+    reply = state.last_reply
+    if reply is None:
+        schemas = [tool.schema for tool in state.agent.tools]
+        if state.agent.output is not None:
+            schemas.append(state.agent.output.model_json_schema())
+        described = sum(len(tool.name.encode()) + len(tool.description.encode()) for tool in state.agent.tools)
+        opening = sum(_size(message.content) for message in _opening(state.agent, state.run))
+        return len(json.dumps(schemas).encode()) + described + opening
+    results = sum(_size(step.result) for step in state.steps if isinstance(step, ToolStep) and step.seq > reply.seq)
+    return reply.usage.input_tokens + reply.usage.output_tokens + _size(reply.correction) + results
+
+
+def _size(content: str | None) -> int:
+    return len((content or "").encode()) + _BYTES_OVERHEAD
