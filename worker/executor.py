@@ -37,8 +37,6 @@ from worker.transcript import transcript
 
 logger = logging.getLogger(__name__)
 
-REVIEW_EXPIRES_IN = timedelta(hours=24)
-
 
 @dataclass(frozen=True, slots=True)
 class ModelAsker:
@@ -214,7 +212,7 @@ class Executor:
                 case Stopped(reason):
                     await leases.finish(connection, claim, reason, actor=self._actor, error=error)
                 case Suspended(questions):
-                    await leases.suspend(connection, claim, questions, actor=self._actor, expires_in=REVIEW_EXPIRES_IN)
+                    await leases.suspend(connection, claim, questions, actor=self._actor, expires_in=timedelta(seconds=self._agents[claim.run.agent].review_expires_s))
                 case HandedBack():
                     await leases.requeue(connection, claim, actor=self._actor, why="drain")
                     return

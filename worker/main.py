@@ -78,7 +78,12 @@ async def run_worker(settings: Settings) -> None:
             OpenAIModel(api_key=settings.require_model_key().get_secret_value(), base_url=settings.openai_base_url)
         )
         require_noeviction(redis_url)
-        engine = make_engine(database_url, pool_size=POOL_SIZE, application_name=f"worker {name}")
+        engine = make_engine(
+            database_url,
+            pool_size=POOL_SIZE,
+            application_name=f"worker {name}",
+            pool_timeout_s=settings.lease_seconds,  # after that the lease is gone anyway
+        )
         stack.push_async_callback(engine.dispose)
         signals = Signals(redis_url)
         stack.push_async_callback(signals.aclose)

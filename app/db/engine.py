@@ -13,14 +13,19 @@ def driver_url(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
-def make_engine(database_url: str, *, pool_size: int, application_name: str) -> AsyncEngine:
-    """An engine in autocommit: each statement is a transaction. Where several belong together: `transactional`."""
+def make_engine(
+    database_url: str, *, pool_size: int, application_name: str, pool_timeout_s: float = 5.0
+) -> AsyncEngine:
+    """An engine in autocommit: each statement is a transaction. Where several belong together: `transactional`.
+
+    `pool_timeout_s`: how long a statement waits for a free connection before it fails.
+    """
     return create_async_engine(
         driver_url(database_url),
         isolation_level="AUTOCOMMIT",
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=5.0,
+        pool_timeout=pool_timeout_s,
         pool_pre_ping=True,
         connect_args={"application_name": application_name, "connect_timeout": 5},
     )

@@ -39,6 +39,7 @@ class Agent:
     `output`: a pydantic model that the answer must fit; None means text.
     `instructions`: the system prompt, or a function that makes it from the run's validated input.
     `model_timeout_s`: seconds for one model call. `max_output_tokens`: the most that one reply may hold.
+    `review_expires_s`: seconds that a person has for a decision.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Agent:
     limits: Limits = field(default_factory=Limits)
     max_output_tokens: int = 4_096
     model_timeout_s: float = 60.0
+    review_expires_s: float = 24 * 3600.0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
