@@ -133,7 +133,7 @@ def _(stack: Stack, client: httpx.Client) -> Run:
 def _(stack: Stack, client: httpx.Client) -> Run:
     script = Script(stack.model_url, [say("late", delay_s=20)])
     run = submit(client, "toolbox", script.input)
-    stack.until(lambda: script.requests())
+    stack.until(script.requests)
     assert client.post(f"/v1/runs/{run['id']}/cancel").status_code == 202
     return rest(client, run, seconds=2)
 

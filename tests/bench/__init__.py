@@ -1,0 +1,1 @@
+"""Measures the service, every part on this machine. Run by `make bench`."""
