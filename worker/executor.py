@@ -212,7 +212,13 @@ class Executor:
                 case Stopped(reason):
                     await leases.finish(connection, claim, reason, actor=self._actor, error=error)
                 case Suspended(questions):
-                    await leases.suspend(connection, claim, questions, actor=self._actor, expires_in=timedelta(seconds=self._agents[claim.run.agent].review_expires_s))
+                    await leases.suspend(
+                        connection,
+                        claim,
+                        questions,
+                        actor=self._actor,
+                        expires_in=timedelta(seconds=self._agents[claim.run.agent].review_expires_s),
+                    )
                 case HandedBack():
                     await leases.requeue(connection, claim, actor=self._actor, why="drain")
                     return

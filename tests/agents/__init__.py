@@ -128,6 +128,8 @@ toolbox = Agent(
 
 impatient = Agent(name="impatient", instructions="Ask.", tools=(open_the_door,), review_expires_s=0.5)
 
+hasty = Agent(name="hasty", instructions="Answer.", model_timeout_s=0.5)
+
 bench = Agent(name="bench", instructions="Repeat after me.", tools=(echo,))
 
 with_fallback = Agent(name="with-fallback", instructions="Answer.", model="gpt-5", fallback_models=("gpt-5-nano",))

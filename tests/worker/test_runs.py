@@ -145,6 +145,14 @@ def test_a_passing_fault_of_the_provider_is_not_seen_in_the_run(stack: Stack, cl
     assert len(script.requests()) == 2
 
 
+@pytest.mark.parametrize("fault", ["stall", "slow_drip"])
+def test_a_reply_that_does_not_come_is_asked_for_again(stack: Stack, client: httpx.Client, fault: str) -> None:
+    script = Script(stack.model_url, [{"fault": fault}, say("after all")])
+    run = rest(client, submit(client, "hasty", script.input))
+    assert run["output"] == "after all"
+    assert steps_of(client, run)[0]["retries"] == 1
+
+
 def test_retry_after_is_respected(stack: Stack, client: httpx.Client) -> None:
     began = time.monotonic()
     run, _ = play(stack, client, [{"fault": "status:429", "retry_after": "1"}, DONE])
@@ -233,7 +241,7 @@ def test_a_call_with_an_unknown_outcome_is_not_repeated_and_a_person_says_what_h
 def test_a_run_whose_worker_died_goes_on_from_its_last_step(stack: Stack, client: httpx.Client) -> None:
     replies = [call("charge", {"amount": 5}), call("kill_the_worker"), say("never asked twice for the first")]
     script = Script(stack.model_url, replies)
-    run = submit(client, "toolbox", script.input, limits={"max_repeats": 5, "max_attempts": 2})
+    run = submit(client, "toolbox", script.input, limits={"max_attempts": 2})
     stack.worker.wait(10)
     stack.worker.start()
     # The tool is READ, so it is called again, and kills the next worker as well: that was the last attempt.

@@ -1,5 +1,6 @@
 """The OpenAI SDK behind the `Model` protocol: any server of chat completions. The only file that imports the SDK."""
 
+import asyncio
 import json
 from functools import lru_cache
 from types import TracebackType
@@ -37,14 +38,18 @@ class OpenAIModel:
 
     async def complete(self, request: ModelRequest) -> ModelReply:
         try:
-            completion = await self._client.chat.completions.create(
-                model=request.model,
-                messages=[_wire_message(message) for message in request.messages],
-                tools=[_wire_tool(tool) for tool in request.tools] or omit,
-                response_format=_wire_output(request.output),
-                max_completion_tokens=request.max_output_tokens,
-                timeout=request.timeout_s,
-            )
+            # The SDK's timeout is one for each read: a reply that drips in would never reach it.
+            async with asyncio.timeout(request.timeout_s):
+                completion = await self._client.chat.completions.create(
+                    model=request.model,
+                    messages=[_wire_message(message) for message in request.messages],
+                    tools=[_wire_tool(tool) for tool in request.tools] or omit,
+                    response_format=_wire_output(request.output),
+                    max_completion_tokens=request.max_output_tokens,
+                    timeout=request.timeout_s,
+                )
+        except TimeoutError as error:
+            raise ModelUnavailable(f"{request.model}: no reply within {request.timeout_s:.1f} s") from error
         except openai.APIStatusError as error:
             message = f"{request.model}: HTTP {error.status_code}: {error.message}"
             if error.status_code in _RETRIED_STATUSES or error.status_code >= 500:
