@@ -1,9 +1,11 @@
 """The one place that knows how runs are named in Redis. What is in there is a hint; Postgres has the runs.
 
-The RQ job's id is the run's id and its only argument; the serializer is JSON. `unique` makes a second enqueue harmless.
+The RQ job's id is the run's id and its only argument; the serializer is JSON. `result_ttl=0`: a finished job leaves
+Redis at once, so that its id may be enqueued again.
 """
 
 import time
+from collections.abc import Sequence
 from uuid import UUID
 
 from redis import Redis
@@ -21,6 +23,8 @@ QUEUE_NAME = "runs"
 JOB_FUNCTION = "worker.executor.execute_run"
 """What `rq info` shows; the worker does not import it by this name, and the API must not import it at all."""
 SERIALIZER = "json"
+NO_TIMEOUT = -1
+"""For RQ: the run's own deadline bounds it."""
 
 RETRY_AFTER_SECONDS = 1.0
 """How long a failed Redis is left alone before the next submission tries it again."""
@@ -40,15 +44,27 @@ class RunQueue:
         self._queue = Queue(QUEUE_NAME, connection=self._redis, serializer=SERIALIZER)
         self._closed_until = 0.0
 
-    def enqueue(self, run_id: UUID, priority: Priority = Priority.NORMAL) -> None:
-        """Put a run on the queue; one that is there already stays where it is.
+    def enqueue(self, runs: Sequence[tuple[UUID, Priority]]) -> None:
+        """Put runs on the queue that were never there, in one round trip.
 
-        Raises `QueueUnavailable` at once for a while after a failure, so that a dead Redis costs one timeout, not many.
+        Raises `QueueUnavailable`, at once for a while after a failure: a dead Redis costs one timeout, not many.
         """
         if time.monotonic() < self._closed_until:
             raise QueueUnavailable("Redis failed a moment ago")
+        jobs = [
+            Queue.prepare_data(
+                JOB_FUNCTION,
+                args=(str(run_id),),
+                job_id=str(run_id),
+                at_front=priority is Priority.HIGH,
+                timeout=NO_TIMEOUT,
+                result_ttl=0,
+                description=f"run {run_id}",
+            )
+            for run_id, priority in runs
+        ]
         try:
-            self._enqueue(run_id, priority)
+            self._queue.enqueue_many(jobs)
         except RedisError as error:
             self._closed_until = time.monotonic() + RETRY_AFTER_SECONDS
             raise QueueUnavailable(str(error)) from error
@@ -88,8 +104,8 @@ class RunQueue:
                 job_id=str(run_id),
                 unique=True,
                 at_front=priority is Priority.HIGH,
-                timeout=-1,  # the run's deadline bounds it, not RQ
-                result_ttl=0,  # a finished job leaves Redis at once, and its id may be enqueued again
+                timeout=NO_TIMEOUT,
+                result_ttl=0,
                 description=f"run {run_id}",
             )
         except DuplicateJobError:
@@ -116,7 +132,7 @@ def job_of(queue: Queue, job_id: str) -> Job:
         args=(job_id,),
         id=job_id,
         origin=queue.name,
-        timeout=-1,
+        timeout=NO_TIMEOUT,
         result_ttl=0,
         description=f"run {job_id}",
         connection=queue.connection,

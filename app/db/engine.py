@@ -16,12 +16,11 @@ def driver_url(database_url: str) -> str:
 
 
 def make_engine(
-    database_url: str, *, pool_size: int, application_name: str, pool_timeout_s: float = 5.0, ping: bool = True
+    database_url: str, *, pool_size: int, application_name: str, pool_timeout_s: float = 5.0
 ) -> AsyncEngine:
     """An engine in autocommit: each statement is a transaction. Where several belong together: `transactional`.
 
     `pool_timeout_s`: how long a statement waits for a free connection before it fails.
-    `ping`: try a connection before it is used, so that nobody notices a restart of Postgres. It costs a round trip.
     """
     engine = create_async_engine(
         driver_url(database_url),
@@ -29,7 +28,6 @@ def make_engine(
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=pool_timeout_s,
-        pool_pre_ping=ping,
         pool_use_lifo=True,
         hide_parameters=True,  # what customers wrote stays out of error messages, and so out of logs
         connect_args={"application_name": application_name, "connect_timeout": 5},

@@ -112,12 +112,12 @@ async def find_by_idempotency_key(
     return (run_of(row), bytes(row["request_hash"])) if row else None
 
 
-_NEEDS_ENQUEUE = text("UPDATE runs SET needs_enqueue = true WHERE id = :id AND status = 'queued'")
+_NEEDS_ENQUEUE = text("UPDATE runs SET needs_enqueue = true WHERE id = ANY(:ids) AND status = 'queued'")
 
 
-async def mark_needs_enqueue(connection: AsyncConnection, run_id: UUID) -> None:
-    """Redis did not take it: the sweeper will look for it first."""
-    await connection.execute(_NEEDS_ENQUEUE, {"id": run_id})
+async def mark_needs_enqueue(connection: AsyncConnection, run_ids: Sequence[UUID]) -> None:
+    """Redis did not take them: the sweeper will look for them first."""
+    await connection.execute(_NEEDS_ENQUEUE, {"ids": list(run_ids)})
 
 
 _GET = text(f"SELECT {COLUMNS} FROM runs WHERE id = :id AND tenant = :tenant")  # noqa: S608
