@@ -36,6 +36,14 @@ class Signals:
         except RedisError as error:
             logger.warning("signal lost: %s", error, extra={"fields": {"channel": channel}})
 
+    async def is_reachable(self) -> bool:
+        """Does Redis answer?"""
+        try:
+            await self._redis.ping()
+        except RedisError:
+            return False
+        return True
+
     async def listen(self, channel: str, receive: Callable[[UUID], None]) -> None:
         """Call `receive` for every run id published, reconnecting for ever. Ends only by cancellation."""
         while True:

@@ -1,6 +1,7 @@
 """The conversation that a model is shown, made from the run's recorded steps."""
 
 import json
+from functools import cache
 
 from app.domain.agent import Agent
 from app.domain.canonical import canonical_json
@@ -38,14 +39,16 @@ def most_input_tokens(state: RunState) -> int:
     """The most tokens that the next request can hold: exact up to the last reply, and a byte a token after that."""
     reply = state.last_reply
     if reply is None:
-        schemas = [tool.schema for tool in state.agent.tools]
-        if state.agent.output is not None:
-            schemas.append(state.agent.output.model_json_schema())
-        described = sum(len(tool.name.encode()) + len(tool.description.encode()) for tool in state.agent.tools)
-        opening = sum(_size(message.content) for message in _opening(state.agent, state.run))
-        return len(json.dumps(schemas).encode()) + described + opening
+        return _size_of_schemas(state.agent) + sum(_size(message.content) for message in transcript(state))
     results = sum(_size(step.result) for step in state.steps if isinstance(step, ToolStep) and step.seq > reply.seq)
     return reply.usage.input_tokens + reply.usage.output_tokens + _size(reply.correction) + results
+
+
+@cache
+def _size_of_schemas(agent: Agent) -> int:
+    tools = [[tool.name, tool.description, tool.schema] for tool in agent.tools]
+    output = agent.output.model_json_schema() if agent.output else None
+    return len(json.dumps([tools, output]).encode())
 
 
 def _size(content: str | None) -> int:

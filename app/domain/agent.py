@@ -31,7 +31,7 @@ class Limits(BaseModel):
     max_mistakes: int = Field(3, ge=0, le=100, description="Mistakes in a row that the model may correct.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Agent:
     """An agent, as its author writes it.
 

@@ -7,12 +7,17 @@ AgentServiceError
 │   ├── Unauthorized            401
 │   ├── MissingScope            403
 │   ├── Conflict                409
+│   │   ├── RunEnded
+│   │   ├── ReviewDecided
+│   │   ├── ReviewExpired
+│   │   └── ArgumentsChanged
 │   ├── InvalidRequest          422
 │   │   ├── UnknownAgent
 │   │   ├── LimitRaised
 │   │   ├── UnpricedModel
 │   │   └── IdempotencyMismatch
-│   └── Unavailable             503
+│   ├── Unavailable             503
+│   └── what only HTTP knows: 405, 413, 415, 500 in `app.api.errors`
 ├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
 ├── ToolError               raised by a tool: it did not work, and the model is told why
 ├── ModelError
@@ -87,6 +92,26 @@ class Conflict(RequestError):
     status = 409
     problem = "conflict"
     title = "Not possible any more"
+
+
+class RunEnded(Conflict):
+    problem = "run-ended"
+    title = "The run has ended"
+
+
+class ReviewDecided(Conflict):
+    problem = "review-decided"
+    title = "Somebody has decided already"
+
+
+class ReviewExpired(Conflict):
+    problem = "review-expired"
+    title = "The time to decide is over"
+
+
+class ArgumentsChanged(Conflict):
+    problem = "arguments-changed"
+    title = "These are not the arguments that were decided on"
 
 
 class InvalidRequest(RequestError):

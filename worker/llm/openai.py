@@ -4,12 +4,11 @@ import asyncio
 import json
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Annotated, Any, Literal, Self
 
 import openai
 from openai import AsyncOpenAI, DefaultAioHttpClient
-from openai.types.chat import ChatCompletion
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
 from app.domain.canonical import storable_text
 from app.domain.errors import ModelRefused, ModelUnavailable
@@ -43,7 +42,7 @@ class OpenAIModel:
                 completion = await self._client.post(
                     "/chat/completions",
                     body=_wire_request(request),
-                    cast_to=ChatCompletion,
+                    cast_to=object,  # as parsed JSON; the SDK would build objects from it without validating
                     options={"timeout": request.timeout_s},
                 )
         except TimeoutError as error:
@@ -58,13 +57,52 @@ class OpenAIModel:
         return _reply(request.model, completion)
 
 
-def _reply(model: str, completion: object) -> ModelReply:
-    # The SDK does not validate replies: a proxy's error page or an empty object arrives here as well.
-    if not isinstance(completion, ChatCompletion) or not completion.choices:
-        raise ModelUnavailable(f"{model}: the reply holds no choice")
-    choice = completion.choices[0]
-    usage = completion.usage
-    details = usage.prompt_tokens_details if usage else None
+class _Function(BaseModel):
+    name: str
+    arguments: str = ""
+
+
+class _Call(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: _Function
+
+
+class _Message(BaseModel):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_Call] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _InputDetails(BaseModel):
+    cached_tokens: int | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_tokens_details: _InputDetails | None = None
+
+
+class _Completion(BaseModel):
+    """Of a chat completion, what is used here. Whatever else a server sends is ignored."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+
+
+def _reply(model: str, answer: object) -> ModelReply:
+    try:
+        completion = _Completion.model_validate(answer)
+    except ValidationError as error:
+        # A proxy's error page, or half an answer: another try may give a whole one.
+        raise ModelUnavailable(f"{model}: not a chat completion ({error.error_count()} errors)") from error
+    choice, usage = completion.choices[0], completion.usage or _Usage()
     content = choice.message.content or choice.message.refusal
     return ModelReply(
         content=storable_text(content) if content else None,
@@ -75,13 +113,12 @@ def _reply(model: str, completion: object) -> ModelReply:
                 arguments=storable_text(call.function.arguments),
             )
             for call in choice.message.tool_calls or ()
-            if call.type == "function"
         ),
-        finish_reason=cast("str | None", choice.finish_reason) or "stop",
+        finish_reason=choice.finish_reason or "stop",
         usage=Usage(
-            input_tokens=usage.prompt_tokens if usage else 0,
-            cached_tokens=(details.cached_tokens or 0) if details else 0,
-            output_tokens=usage.completion_tokens if usage else 0,
+            input_tokens=usage.prompt_tokens,
+            cached_tokens=(usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens) or 0,
+            output_tokens=usage.completion_tokens,
         ),
     )
 

@@ -1,0 +1,46 @@
+# A machine needs Python 3.11 or newer with pip, and make. Everything else comes from requirements-dev.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: help demo dev test check bench lock clean
+
+help:
+	@echo "make demo    one run from beginning to end, step by step"
+	@echo "make dev     the whole stack until Ctrl-C, with auto-reload"
+	@echo "make test    all tests, on real servers"
+	@echo "make check   format, lint, types, import contracts, locks"
+	@echo "make bench   the measurements"
+	@echo "make lock    renew the lock files; with UPGRADE=1 to the newest versions"
+	@echo "make clean   remove what was made here, the development data too"
+
+demo: $(READY)
+	@$(BIN)/agent-service demo
+
+dev: $(READY)
+	@$(BIN)/agent-service dev
+
+test: $(READY)
+	$(BIN)/pytest --numprocesses=2 $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy .ci/lock.py
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/lock.py --check
+
+bench: $(READY)
+	$(BIN)/python -m tests.bench $(ARGS)
+
+lock: $(READY)
+	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)
+
+clean:
+	rm -rf .venv .dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	find app worker migrations tests .ci -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): requirements-dev.lock pyproject.toml .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv
+	@touch $@

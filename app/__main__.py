@@ -1,0 +1,5 @@
+"""`python -m app` is `agent-service`."""
+
+from app.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""Probes, and what is running. No key is needed, so nothing here tells a secret."""
+
+import asyncio
+from typing import Literal
+
+from fastapi import APIRouter
+from sqlalchemy.exc import SQLAlchemyError
+
+from app import __version__
+from app.api import schemas
+from app.api.deps import Services, ServicesDep
+from app.api.openapi import problems_without_key
+from app.db.schema import current_revision
+from app.domain.errors import Unavailable
+
+_PATIENCE_SECONDS = 2.0
+"""A part that takes longer to answer counts as away."""
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live", operation_id="live", summary="Is the process alive?", responses=problems_without_key())
+async def live() -> schemas.Live:
+    return schemas.Live()
+
+
+@router.get(
+    "/health/ready",
+    operation_id="ready",
+    summary="Can requests be served?",
+    description="Needs Postgres, migrated at least as far as this release knows. Runs are accepted without Redis.",
+    responses=problems_without_key(503),
+)
+async def ready(services: ServicesDep) -> schemas.Health:
+    health = await _look(services)
+    if health.status == "unavailable":
+        why = ", ".join(f"{name} is {part.status}" for name, part in health.parts.items() if part.status != "ok")
+        raise Unavailable(why, headers={"Retry-After": "1"})
+    return health
+
+
+@router.get(
+    "/health",
+    operation_id="health",
+    summary="How are the parts?",
+    description="For people and dashboards: always 200. Probes ask /health/live and /health/ready.",
+    responses=problems_without_key(),
+)
+async def health(services: ServicesDep) -> schemas.Health:
+    return await _look(services)
+
+
+@router.get("/version", operation_id="version", summary="What is running?", responses=problems_without_key())
+async def version(services: ServicesDep) -> schemas.Version:
+    settings = services.settings
+    return schemas.Version(version=__version__, image_digest=settings.image_digest, environment=settings.environment)
+
+
+async def _look(services: Services) -> schemas.Health:
+    (postgres, schema), redis = await asyncio.gather(_postgres_and_schema(services), _redis(services))
+    status: Literal["ok", "degraded", "unavailable"] = "ok"
+    if redis.status != "ok":
+        status = "degraded"
+    if postgres.status != "ok" or schema.status != "ok":
+        status = "unavailable"
+    return schemas.Health(status=status, parts={"postgres": postgres, "schema": schema, "redis": redis})
+
+
+async def _postgres_and_schema(services: Services) -> tuple[schemas.Part, schemas.Part]:
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS), services.engine.connect() as connection:
+            revision = await current_revision(connection)
+    except (SQLAlchemyError, TimeoutError):
+        return schemas.Part(status="away"), schemas.Part(status="away")
+    known = services.newest_revision
+    # A later revision is fine: every migration works with the release before it.
+    behind = revision is None or revision < known
+    detail = f"at {revision}, this release needs {known}" if behind else f"at {revision}"
+    return schemas.Part(status="ok"), schemas.Part(status="behind" if behind else "ok", detail=detail)
+
+
+async def _redis(services: Services) -> schemas.Part:
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            reachable = await services.signals.is_reachable()
+    except TimeoutError:
+        reachable = False
+    return schemas.Part(status="ok") if reachable else schemas.Part(status="away", detail="runs start late")

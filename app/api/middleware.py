@@ -1,0 +1,110 @@
+"""Around every request: its id, its log line, the limit of its body, and the answer to a bug. Plain ASGI."""
+
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import BodyTooLarge, InternalError, problem_response
+from app.logging import bind
+
+MAX_BODY_BYTES = 1_048_576
+REQUEST_ID = "X-Request-Id"
+REQUEST_ID_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
+_CLIENT_GONE = 499
+"""What the log says where nobody is left to answer."""
+
+logger = logging.getLogger("app.api")
+
+
+class RequestContext:
+    """Gives every request an id, logs it, and answers what nobody expected with a problem that tells nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request = Request(scope)
+        request_id = request.state.request_id = _request_id(request.headers)
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        with bind(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                status = _CLIENT_GONE
+            except Exception:
+                logger.exception("unexpected error")
+                if status:
+                    raise  # too late for another answer: the server cuts the connection
+                error = InternalError("this was not your fault; the log has it under request_id")
+                await problem_response(request, error)(scope, receive, send_with_id)
+            finally:
+                _log(request, status, time.perf_counter() - started)
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get(REQUEST_ID, "")
+    return given if re.fullmatch(REQUEST_ID_PATTERN, given) else secrets.token_hex(16)
+
+
+def _log(request: Request, status: int, seconds: float) -> None:
+    path = getattr(request.scope.get("route"), "path", None)
+    if path is not None and path.startswith("/health"):
+        return
+    fields = {
+        "method": request.method,
+        "path": path or "(unknown)",
+        "status": status,
+        "duration_ms": round(seconds * 1000, 1),
+        "tenant": getattr(request.state, "tenant", None),
+    }
+    logger.info("request", extra={"fields": fields})
+
+
+class BodyLimit:
+    """Lets nobody read more than `MAX_BODY_BYTES` of a body, whatever its length claims to be.
+
+    Starlette has such a limit too, but answers a declared length with plain text, past our handlers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+                raise _too_large()
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise _too_large()
+            return message
+
+        await self._app(scope, receive_within_limit, send)
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"a body may have {MAX_BODY_BYTES} bytes")

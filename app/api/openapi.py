@@ -1,0 +1,100 @@
+"""The OpenAPI document: what the framework cannot know is added here."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from app.api.errors import PROBLEM_JSON
+from app.api.examples import EXAMPLES
+from app.api.middleware import REQUEST_ID, REQUEST_ID_PATTERN
+from app.api.schemas import DecideReview, Problem, SubmitRun
+
+Responses = dict[int | str, dict[str, Any]]
+
+_SCHEMAS = "#/components/schemas/"
+_WHY = {
+    401: "The API key is missing, unknown, expired or revoked.",
+    403: "The API key does not have the scope.",
+    404: "Missing, malformed, or another tenant's: one answer for all.",
+    409: "Not possible any more.",
+    413: "The body has more than 1 MiB.",
+    415: "The body is not JSON.",
+    422: "Something in the request is not valid; `errors` says where.",
+    500: "A bug; the log has it under the request id.",
+    503: "The database does not answer, or is too busy.",
+}
+_HEADERS = {
+    401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    403: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
+}
+
+
+def problems(*statuses: int) -> Responses:
+    """Documents the errors of an operation that needs a key and the database: these, and what all of them have."""
+    return {status: _problem(status) for status in sorted({401, 403, 500, 503, *statuses})}
+
+
+def problems_without_key(*statuses: int) -> Responses:
+    return {status: _problem(status) for status in sorted({500, *statuses})}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    return {
+        "description": _WHY[status],
+        "headers": _HEADERS.get(status, {}),
+        "content": {PROBLEM_JSON: {"schema": {"$ref": f"{_SCHEMAS}Problem"}}},
+    }
+
+
+def json_body(model: type[SubmitRun | DecideReview]) -> dict[str, Any]:
+    """Documents a body that `JsonBody` reads."""
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": f"{_SCHEMAS}{model.__name__}"}}},
+        }
+    }
+
+
+def describe(app: FastAPI, agents: Iterable[str]) -> dict[str, Any]:
+    """The document, with the shapes of bodies and problems, examples, the agents' names, the header of every answer."""
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        tags=app.openapi_tags,
+        routes=app.routes,
+    )
+    schemas = document["components"]["schemas"]
+    _, ours = models_json_schema(
+        [(SubmitRun, "validation"), (DecideReview, "validation"), (Problem, "serialization")],
+        ref_template=_SCHEMAS + "{model}",
+    )
+    schemas.update(ours["$defs"])
+    schemas["SubmitRun"]["properties"]["agent"]["enum"] = sorted(agents)
+    for name, example in EXAMPLES.items():  # the framework would drop the nulls in them
+        schemas[name]["examples"] = [example]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    document["components"]["headers"] = {
+        REQUEST_ID: {
+            "description": "Yours where you sent one that fits, else a new one. The log has it.",
+            "schema": {"type": "string", "pattern": REQUEST_ID_PATTERN},
+        }
+    }
+    for path in document["paths"].values():
+        for operation in path.values():
+            _finish(operation["responses"])
+    return document
+
+
+def _finish(responses: dict[str, Any]) -> None:
+    # The framework documents its own 422 where there is a path parameter; ours is a 404.
+    if "application/json" in responses.get("422", {}).get("content", {}):
+        del responses["422"]
+    for response in responses.values():
+        response.setdefault("headers", {})[REQUEST_ID] = {"$ref": f"#/components/headers/{REQUEST_ID}"}

@@ -1,0 +1,189 @@
+"""Runs: submit, read, wait, list, cancel; their steps and their audit."""
+
+import asyncio
+from contextlib import suppress
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from pydantic import Field
+
+from app.api import schemas
+from app.api.body import JsonBody
+from app.api.deps import AuditReader, RunReader, RunWriter, Services, ServicesDep
+from app.api.openapi import json_body, problems
+from app.api.pagination import PageById, PageBySeq, cut, id_cursor, seq_cursor
+from app.db import audit, runs, steps
+from app.domain.errors import NotFound
+from app.domain.run import Priority, Run, RunStatus
+from app.intake import Submission
+
+MAX_WAIT_SECONDS = 60
+LOOK_AGAIN_SECONDS = 5.0
+"""A waiting request looks into the database this often in case that the signal was lost."""
+
+router = APIRouter(tags=["runs"])
+
+RunId = Annotated[UUID, Path(description="The run's id.")]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[!-~]([ -~]*[!-~])?$",
+        description="Yours, of printable ASCII: the same request sent again with it gives the same run.",
+    ),
+]
+
+
+class RunQuery(PageById):
+    status: RunStatus | None = Field(None, description="Only runs in this state.")
+    agent: str | None = Field(None, pattern="^[a-z][a-z0-9_-]{0,63}$", description="Only runs of this agent.")
+
+
+@router.post(
+    "/v1/runs",
+    status_code=202,
+    operation_id="submitRun",
+    summary="Submit a run",
+    response_description="Accepted: the run is stored and will end.",
+    responses={
+        202: {
+            "headers": {
+                "Location": {"description": "Where the run is.", "schema": {"type": "string"}},
+                "Idempotent-Replayed": {
+                    "description": "`true`: accepted before, under the same Idempotency-Key.",
+                    "schema": {"type": "string", "enum": ["true"]},
+                },
+            }
+        },
+        **problems(413, 415, 422),
+    },
+    openapi_extra=json_body(schemas.SubmitRun),
+)
+async def submit_run(
+    *,
+    request: Request,
+    response: Response,
+    caller: RunWriter,
+    services: ServicesDep,
+    body: Annotated[schemas.SubmitRun, Depends(JsonBody(schemas.SubmitRun))],
+    idempotency_key: IdempotencyKey = None,
+) -> schemas.Run:
+    submission = Submission(
+        agent=body.agent,
+        input=body.input,
+        limits=body.limits,
+        metadata=body.metadata,
+        priority=Priority[body.priority.upper()],
+        idempotency_key=idempotency_key,
+        request_id=request.state.request_id,
+    )
+    run, replayed = await services.intake.submit_run(caller, submission)
+    response.headers["Location"] = f"/v1/runs/{run.id}"
+    if replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return schemas.Run.of(run)
+
+
+@router.get("/v1/runs", operation_id="listRuns", summary="List runs, newest first", responses=problems(422))
+async def list_runs(caller: RunReader, services: ServicesDep, query: Annotated[RunQuery, Query()]) -> schemas.RunList:
+    where = runs.RunFilter(status=query.status, agent=query.agent, before=query.cursor)
+    async with services.engine.connect() as connection:
+        found = await runs.list_newest(connection, caller.tenant, where, limit=query.limit + 1)
+    page, next_cursor = cut(found, query.limit, lambda run: id_cursor(run.id))
+    return schemas.RunList(data=[schemas.Run.of(run) for run in page], next_cursor=next_cursor)
+
+
+@router.get(
+    "/v1/runs/{run_id}", operation_id="getRun", summary="Read a run, or wait for it", responses=problems(404, 422)
+)
+async def get_run(
+    request: Request,
+    caller: RunReader,
+    services: ServicesDep,
+    run_id: RunId,
+    wait: Annotated[
+        float,
+        Query(
+            ge=0,
+            le=MAX_WAIT_SECONDS,
+            description="Seconds to hold the answer until the run has ended or waits for a person.",
+        ),
+    ] = 0,
+) -> schemas.Run:
+    if wait:
+        run = await _when_at_rest(request, services, run_id, caller.tenant, seconds=wait)
+    else:
+        run = await _find(services, run_id, caller.tenant)
+    return schemas.Run.of(run)
+
+
+@router.get(
+    "/v1/runs/{run_id}/steps",
+    operation_id="listSteps",
+    summary="List what a run did",
+    responses=problems(404, 422),
+)
+async def list_steps(
+    caller: RunReader, services: ServicesDep, run_id: RunId, query: Annotated[PageBySeq, Query()]
+) -> schemas.StepList:
+    await _find(services, run_id, caller.tenant)
+    after = -1 if query.cursor is None else query.cursor
+    async with services.engine.connect() as connection:
+        found = await steps.steps_of(connection, run_id, after=after, limit=query.limit + 1)
+    return schemas.StepList.of(*cut(found, query.limit, lambda step: seq_cursor(step.seq)))
+
+
+@router.get(
+    "/v1/runs/{run_id}/audit",
+    operation_id="listAuditEvents",
+    summary="List what was recorded about a run",
+    responses=problems(404, 422),
+)
+async def list_audit_events(
+    caller: AuditReader, services: ServicesDep, run_id: RunId, query: Annotated[PageBySeq, Query()]
+) -> schemas.AuditEventList:
+    await _find(services, run_id, caller.tenant)
+    async with services.engine.connect() as connection:
+        found = await audit.events_of(connection, run_id, caller.tenant, after=query.cursor or 0, limit=query.limit + 1)
+    page, next_cursor = cut(found, query.limit, lambda event: seq_cursor(event.seq))
+    return schemas.AuditEventList(data=[schemas.AuditEvent.of(event) for event in page], next_cursor=next_cursor)
+
+
+@router.post(
+    "/v1/runs/{run_id}/cancel",
+    status_code=202,
+    operation_id="cancelRun",
+    summary="Cancel a run",
+    response_description="Cancelled, now or before. A model call under way is abandoned.",
+    responses=problems(404, 409),
+)
+async def cancel_run(caller: RunWriter, services: ServicesDep, run_id: RunId) -> schemas.Run:
+    return schemas.Run.of(await services.intake.cancel_run(caller, run_id))
+
+
+async def _find(services: Services, run_id: UUID, tenant: str) -> Run:
+    async with services.engine.connect() as connection:
+        run = await runs.get(connection, run_id, tenant)
+    if run is None:
+        raise NotFound("no such run")
+    return run
+
+
+async def _when_at_rest(request: Request, services: Services, run_id: UUID, tenant: str, *, seconds: float) -> Run:
+    """The run as soon as it has ended or waits for a person, or as it is when the time is over."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + seconds
+    with services.waiters.waiting_for(run_id) as rested:
+        while True:
+            rested.clear()
+            run = await _find(services, run_id, tenant)
+            left = until - clock()
+            if run.status.is_terminal or run.status is RunStatus.WAITING or left <= 0:
+                return run
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(left, LOOK_AGAIN_SECONDS)):
+                    await rested.wait()
+            if await request.is_disconnected():
+                return run

@@ -1,0 +1,277 @@
+"""The shapes of requests and answers: what the OpenAPI document shows."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, StringConstraints
+
+from app.domain.agent import Agent as DomainAgent
+from app.domain.agent import Limits as DomainLimits
+from app.domain.audit import AuditEvent as DomainAuditEvent
+from app.domain.review import Decision, ReviewKind, ReviewStatus
+from app.domain.review import Review as DomainReview
+from app.domain.run import Priority, RunStatus, StopReason
+from app.domain.run import Run as DomainRun
+from app.domain.step import ModelStep as DomainModelStep
+from app.domain.step import Step as DomainStep
+from app.domain.step import ToolStep
+
+Dollars = Annotated[Decimal, PlainSerializer(float, return_type=float)]
+"""A number in JSON; stored and added up as a decimal."""
+
+
+# --- requests: nothing is converted, nothing unknown is let through -----------------------------------------------
+
+
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """The defaults are the agent's, not those of the model."""
+    for field in schema["properties"].values():
+        del field["default"]
+
+
+class LowerLimits(DomainLimits):
+    """Limits for this run: at most the agent's own, which hold for those that are left out."""
+
+    model_config = ConfigDict(strict=True, json_schema_extra=_without_defaults)
+
+    max_cost_usd: Decimal | None = Field(None, gt=0, le=10_000, strict=False, description="US dollars for all calls.")
+
+
+MetadataName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class SubmitRun(BaseModel):
+    """A task for an agent."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    agent: str = Field(max_length=64, description="Name of the agent; GET /v1/agents lists them.")
+    input: JsonValue = Field(description="What the agent is asked; fits the agent's `input_schema`.")
+    limits: LowerLimits = Field(default_factory=LowerLimits, description="Bounds below the agent's own.")
+    metadata: dict[MetadataName, MetadataValue] = Field(
+        default_factory=dict, max_length=16, description="Yours: kept with the run and given back."
+    )
+    priority: Literal["normal", "high"] = Field("normal", description="High goes to the front of the queue.")
+
+
+class DecideReview(BaseModel):
+    """A person's decision."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    decision: Literal["approve", "reject", "respond"] = Field(
+        description="`respond` only for a call in doubt: it happened, and `response` was its result."
+    )
+    args_hash: str = Field(pattern="^[0-9a-f]{64}$", description="The review's, as you read it: pins what you saw.")
+    reason: str | None = Field(None, max_length=2_000, description="Told to the model with a rejection.")
+    response: str | None = Field(None, max_length=20_000, description="The result of the call, with `respond`.")
+    end_run: bool = Field(False, description="With `reject`: end the run instead of telling the model.")
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Limits(DomainLimits):
+    """The limits that hold for a run."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    max_cost_usd: Dollars | None = Field(description="US dollars for all calls; null: the model has no price.")
+
+
+class RunUsage(Answer):
+    """What the model calls of a run used so far. `cached_tokens` are part of `input_tokens`."""
+
+    model_calls: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    cost_usd: Dollars | None = Field(description="US dollars; null when a model without a price was asked.")
+
+
+def _priority_name(value: object) -> object:
+    return value.name.lower() if isinstance(value, Priority) else value
+
+
+class Run(Answer):
+    """A run. The last three states are terminal; `stop_reason` says why it ended."""
+
+    id: UUID
+    agent: str
+    agent_version: str
+    status: RunStatus
+    stop_reason: StopReason | None
+    input: JsonValue
+    output: JsonValue
+    error: str | None = Field(description="What went wrong, in a sentence; never an internal detail.")
+    limits: Limits
+    metadata: dict[str, str]
+    priority: Annotated[Literal["normal", "high"], BeforeValidator(_priority_name)]
+    attempt: int = Field(description="How often a worker has taken it.")
+    usage: RunUsage
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, run: DomainRun) -> Self:
+        return cls.model_validate(run)
+
+
+class RunList(Answer):
+    """Newest first."""
+
+    data: list[Run]
+    next_cursor: str | None = Field(description="Give it as `cursor` for the next page; null: this is the last.")
+
+
+class ModelStep(DomainModelStep):
+    """One reply of a model."""
+
+    cost_usd: Dollars | None = None
+
+
+class StepList(Answer):
+    """In the order in which they happened."""
+
+    data: list[Annotated[ModelStep | ToolStep, Field(discriminator="kind")]]
+    next_cursor: str | None
+
+    @classmethod
+    def of(cls, steps: list[DomainStep], next_cursor: str | None) -> Self:
+        return cls.model_validate({"data": steps, "next_cursor": next_cursor}, from_attributes=True)
+
+
+class AuditEvent(Answer):
+    """One recorded decision or transition. `seq` counts from 1 without gaps."""
+
+    run_id: UUID
+    seq: int
+    at: datetime
+    actor: str = Field(description="`key:…`, `worker:…` or `sweeper`.")
+    kind: str
+    data: dict[str, JsonValue]
+
+    @classmethod
+    def of(cls, event: DomainAuditEvent) -> Self:
+        return cls.model_validate(event)
+
+
+class AuditEventList(Answer):
+    """In the order in which they happened."""
+
+    data: list[AuditEvent]
+    next_cursor: str | None
+
+
+class Review(Answer):
+    """A question to a person about one tool call: may it be made, or, in doubt, did it happen?"""
+
+    id: UUID
+    run_id: UUID
+    agent: str
+    kind: ReviewKind
+    seq: int = Field(description="The step that this call is, or would be.")
+    tool: str
+    arguments: JsonValue
+    args_hash: str = Field(description="SHA-256 of the canonical arguments; send it back with the decision.")
+    status: ReviewStatus
+    decision: Decision | None
+    reason: str | None
+    response: str | None
+    decided_by: str | None
+    created_at: datetime
+    decided_at: datetime | None
+    expires_at: datetime
+
+    @classmethod
+    def of(cls, review: DomainReview) -> Self:
+        return cls.model_validate(review)
+
+
+class ReviewList(Answer):
+    """Newest first."""
+
+    data: list[Review]
+    next_cursor: str | None
+
+
+class Agent(Answer):
+    """What can be asked, and how much it may use."""
+
+    name: str
+    version: str
+    description: str
+    input_schema: dict[str, Any] = Field(description="JSON schema of `input`.")
+    output_schema: dict[str, Any] | None = Field(description="JSON schema of `output`; null: text.")
+    limits: Limits
+
+    @classmethod
+    def of(cls, agent: DomainAgent) -> Self:
+        return cls(
+            name=agent.name,
+            version=agent.version,
+            description=agent.description,
+            input_schema=agent.input_schema,
+            output_schema=agent.output.model_json_schema() if agent.output else None,
+            limits=Limits.model_validate(agent.limits, from_attributes=True),
+        )
+
+
+class AgentList(Answer):
+    """By name."""
+
+    data: list[Agent]
+    next_cursor: None = None
+
+
+class Part(Answer):
+    """One thing that the service needs."""
+
+    status: Literal["ok", "away", "behind"]
+    detail: str | None = None
+
+
+class Health(Answer):
+    """`degraded`: runs are accepted, but will start late. `unavailable`: nothing can be accepted."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    parts: dict[Literal["postgres", "schema", "redis"], Part]
+
+
+class Live(Answer):
+    status: Literal["ok"] = "ok"
+
+
+class Version(Answer):
+    """What is running."""
+
+    version: str
+    image_digest: str = Field(description="Empty outside of an image.")
+    environment: str
+
+
+class WrongPlace(BaseModel):
+    """One thing that is wrong with a request."""
+
+    pointer: str = Field(description="`#/…` points into the body; `query/…` and `header/…` name a parameter.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """An error (RFC 9457). `type` is stable; `detail` is for people."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str = Field(description="The path that was asked for.")
+    request_id: str = Field(description="As in the header X-Request-Id; the log has it.")
+    errors: list[WrongPlace] = Field(default_factory=list)

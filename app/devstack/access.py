@@ -1,0 +1,41 @@
+"""API keys for the development stack, the demo and the tests."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.db import keys
+from app.db.engine import make_engine
+from app.domain.principal import Scope
+
+
+def make_key(database_url: str, *, tenant: str, name: str, scopes: Iterable[Scope] = tuple(Scope)) -> str:
+    """A new key; for everything by default."""
+
+    async def make() -> str:
+        async with _connection(database_url) as connection:
+            return await keys.create(connection, tenant=tenant, name=name, scopes=frozenset(scopes), expires_at=None)
+
+    return asyncio.run(make())
+
+
+def is_accepted(database_url: str, key: str) -> bool:
+    """Does this database know the key, and is it still good?"""
+
+    async def look() -> bool:
+        async with _connection(database_url) as connection:
+            return await keys.authenticate(connection, key) is not None
+
+    return asyncio.run(look())
+
+
+@asynccontextmanager
+async def _connection(database_url: str) -> AsyncIterator[AsyncConnection]:
+    engine = make_engine(database_url, pool_size=1, application_name="agent-service devstack")
+    try:
+        async with engine.connect() as connection:
+            yield connection
+    finally:
+        await engine.dispose()

@@ -1,0 +1,278 @@
+"""What comes in from outside: submissions, cancellations and decisions. Postgres first, then Redis is told."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from decimal import Decimal
+from uuid import UUID
+
+import anyio.to_thread
+from pydantic import JsonValue, ValidationError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from app import signals
+from app.db import reviews, runs
+from app.db.engine import transactional
+from app.domain.agent import Agent, Limits
+from app.domain.canonical import digest
+from app.domain.errors import (
+    ArgumentsChanged,
+    Conflict,
+    FieldError,
+    IdempotencyMismatch,
+    InvalidRequest,
+    LimitRaised,
+    NotFound,
+    QueueUnavailable,
+    ReviewDecided,
+    ReviewExpired,
+    RunEnded,
+    UnknownAgent,
+    UnpricedModel,
+)
+from app.domain.ids import new_id
+from app.domain.pointer import MAX_ERRORS, field_errors, unstorable
+from app.domain.principal import Principal
+from app.domain.review import DECISIONS, Decision, Review, ReviewStatus
+from app.domain.run import NewRun, Priority, Run, RunStatus
+from app.enqueuer import Enqueuer
+from app.prices import PriceTable
+from app.queue import RunQueue
+from app.registry import Registry, models_of
+from app.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A run that is asked for. Of `limits` only those count that were set; the others are the agent's."""
+
+    agent: str
+    input: JsonValue
+    limits: Limits
+    metadata: dict[str, str]
+    priority: Priority
+    idempotency_key: str | None
+    request_id: str
+
+    @property
+    def hash(self) -> bytes:
+        """SHA-256 of what was asked for: equal for the same request sent again."""
+        limits = self.limits.model_dump(mode="json", exclude_unset=True)
+        asked: list[JsonValue] = [self.agent, self.input, limits, dict(self.metadata), int(self.priority)]
+        return bytes.fromhex(digest(asked))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a person decided about the arguments that `args_hash` pins. `end_run` goes with `reject` only."""
+
+    decision: Decision
+    args_hash: str
+    reason: str | None
+    response: str | None
+    end_run: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Intake:
+    """Takes in what callers ask for, in the name of their tenant."""
+
+    engine: AsyncEngine
+    queue: RunQueue
+    enqueuer: Enqueuer
+    signals: Signals
+    agents: Registry
+    prices: PriceTable
+    model: str | None
+    """The setting `MODEL`: asked instead of every agent's own."""
+
+    async def submit_run(self, caller: Principal, submission: Submission) -> tuple[Run, bool]:
+        """Store a run and put it on the queue. True beside it: it was accepted before, under this idempotency key.
+
+        Raises `UnknownAgent`, `LimitRaised`, `UnpricedModel`, `InvalidRequest`, `IdempotencyMismatch`.
+        """
+        # Looked up before anything is checked: the same request gives the same run, also when the agent has changed.
+        if replayed := await self._accepted_before(caller, submission):
+            return replayed, True
+        new = self._validated(caller, submission)
+        async with self.engine.connect() as connection:
+            run = await runs.accept(connection, new)
+        if run is None:  # the same key at the same moment, and the other one was first
+            replayed = await self._accepted_before(caller, submission)
+            assert replayed is not None
+            return replayed, True
+        self.enqueuer.put(run.id, run.priority)
+        return run, False
+
+    async def cancel_run(self, caller: Principal, run_id: UUID) -> Run:
+        """End a run, whoever holds it. A cancelled run stays as it is.
+
+        Raises `NotFound`, `RunEnded`.
+        """
+        async with self.engine.connect() as connection:
+            run = await runs.cancel(connection, run_id, caller.tenant, actor=caller.actor)
+            if run is None:
+                return await self._ended(caller, run_id)
+        await asyncio.gather(
+            self.signals.publish(signals.CANCELLED, run_id), self.signals.publish(signals.RESTED, run_id)
+        )
+        return run
+
+    async def decide_review(self, caller: Principal, review_id: UUID, verdict: Verdict) -> Review:
+        """Write down a decision, once; the run goes on when nothing else is left to decide, or ends with `end_run`.
+
+        Raises `NotFound`, `InvalidRequest`, `ReviewDecided`, `ReviewExpired`, `ArgumentsChanged`, `Conflict`.
+        """
+        priority, ended = None, False
+        async with transactional(self.engine).begin() as connection:
+            review = await reviews.get(connection, review_id, caller.tenant)
+            if review is None:
+                raise NotFound("no such review")
+            _check_verdict(review, verdict)
+            await reviews.lock_run(connection, review.run_id)
+            decided = await reviews.decide(
+                connection,
+                review,
+                verdict.decision,
+                actor=caller.actor,
+                args_hash=verdict.args_hash,
+                reason=verdict.reason,
+                response=verdict.response,
+            )
+            if decided is None:
+                raise _too_late(await reviews.get(connection, review_id, caller.tenant), verdict)
+            if verdict.end_run:
+                ended = await reviews.reject_run(connection, review.run_id, actor=caller.actor, reason=verdict.reason)
+            else:
+                priority = await reviews.resume_run(connection, review.run_id, actor=caller.actor)
+        if ended:
+            await self.signals.publish(signals.RESTED, review.run_id)
+        if priority is not None:
+            await self._enqueue_again(review.run_id, priority)
+        return decided
+
+    async def _accepted_before(self, caller: Principal, submission: Submission) -> Run | None:
+        if submission.idempotency_key is None:
+            return None
+        async with self.engine.connect() as connection:
+            found = await runs.find_by_idempotency_key(connection, caller.tenant, submission.idempotency_key)
+        if found is None:
+            return None
+        run, request_hash = found
+        if request_hash != submission.hash:
+            raise IdempotencyMismatch(
+                f"this Idempotency-Key was used for another request, which became run {run.id}: "
+                "use a new key for a new run"
+            )
+        return run
+
+    def _validated(self, caller: Principal, submission: Submission) -> NewRun:
+        agent = self.agents.get(submission.agent)
+        if agent is None:
+            raise UnknownAgent(
+                f"there is no agent of this name; there is: {', '.join(sorted(self.agents)) or 'none'}",
+                errors=(FieldError("#/agent", "no agent has this name"),),
+            )
+        limits = _lowered(agent, submission.limits)
+        self._check_prices(agent, limits)
+        return NewRun(
+            id=new_id(),
+            tenant=caller.tenant,
+            api_key_id=caller.key_id,
+            agent=agent.name,
+            agent_version=agent.version,
+            input=_valid_input(agent, submission.input),
+            metadata=submission.metadata,
+            limits=limits,
+            priority=submission.priority,
+            idempotency_key=submission.idempotency_key,
+            request_hash=submission.hash,
+            request_id=submission.request_id,
+        )
+
+    def _check_prices(self, agent: Agent, limits: Limits) -> None:
+        if limits.max_cost_usd is None:
+            return
+        unpriced = [model for model in models_of(agent, self.model) if self.prices[model] is None]
+        if unpriced:
+            raise UnpricedModel(
+                f"max_cost_usd cannot be kept: there is no price for {', '.join(unpriced)}. "
+                "Add it to app/prices.toml, or give the agent Limits(max_cost_usd=None)"
+            )
+
+    async def _ended(self, caller: Principal, run_id: UUID) -> Run:
+        async with self.engine.connect() as connection:
+            run = await runs.get(connection, run_id, caller.tenant)
+        if run is None:
+            raise NotFound("no such run")
+        if run.status is not RunStatus.CANCELLED:
+            raise RunEnded(f"the run has {run.status}: there is nothing to cancel")
+        return run
+
+    async def _enqueue_again(self, run_id: UUID, priority: Priority) -> None:
+        """Tell Redis. Where it is away, the sweeper will: Postgres has the run, and nothing is wrong for the caller."""
+        try:
+            await anyio.to_thread.run_sync(self.queue.enqueue_again, run_id, priority)
+        except QueueUnavailable as error:
+            logger.warning("not enqueued, the sweeper will: %s", error, extra={"fields": {"run_id": str(run_id)}})
+            async with self.engine.connect() as connection:
+                await runs.mark_needs_enqueue(connection, [run_id])
+
+
+def _valid_input(agent: Agent, value: JsonValue) -> JsonValue:
+    try:
+        stored = agent.validate_input(value)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        raise InvalidRequest(
+            f"the input is not what agent {agent.name} takes", errors=field_errors(problems, "#/input")
+        ) from None
+    # The agent's own model may make values that the request did not hold: "nan" where it says float.
+    if agent.input is not None and (faults := tuple(unstorable(stored, "#/input"))):
+        raise InvalidRequest(f"the input is not what agent {agent.name} takes", errors=faults[:MAX_ERRORS])
+    return stored
+
+
+def _lowered(agent: Agent, asked: Limits) -> Limits:
+    """The agent's limits, with those that the request set."""
+    wanted = {name: getattr(asked, name) for name in sorted(asked.model_fields_set)}
+    raised = [name for name, value in wanted.items() if _is_above(value, getattr(agent.limits, name))]
+    if raised:
+        raise LimitRaised(
+            f"above what agent {agent.name} allows: {', '.join(raised)}",
+            errors=tuple(
+                FieldError(f"#/limits/{name}", f"must be at most {getattr(agent.limits, name)}") for name in raised
+            ),
+        )
+    return agent.limits.model_copy(update=wanted)
+
+
+def _is_above(value: Decimal | float | None, allowed: Decimal | float | None) -> bool:
+    return allowed is not None and (value is None or value > allowed)
+
+
+def _check_verdict(review: Review, verdict: Verdict) -> None:
+    """Raises `InvalidRequest` for a decision that makes no sense for this review."""
+    errors = []
+    if verdict.decision not in DECISIONS[review.kind]:
+        possible = " or ".join(sorted(DECISIONS[review.kind]))
+        errors.append(FieldError("#/decision", f"for a review of kind {review.kind} must be {possible}"))
+    if (verdict.response is not None) != (verdict.decision is Decision.RESPOND):
+        errors.append(FieldError("#/response", "goes with the decision respond, and only with it"))
+    if verdict.end_run and verdict.decision is not Decision.REJECT:
+        errors.append(FieldError("#/end_run", "goes with the decision reject only"))
+    if errors:
+        raise InvalidRequest("this cannot be decided here", errors=tuple(errors))
+
+
+def _too_late(review: Review | None, verdict: Verdict) -> Conflict:
+    """Why a decision did not count."""
+    if review is None or review.status is ReviewStatus.VOID:
+        return Conflict("the run has ended, there is nothing left to decide")
+    if review.status is ReviewStatus.DECIDED:
+        return ReviewDecided(f"the review was decided at {review.decided_at}: {review.decision}")
+    if review.status is ReviewStatus.PENDING and review.args_hash != verdict.args_hash:
+        return ArgumentsChanged("args_hash is not that of the review: read it again before you decide")
+    return ReviewExpired(f"the review expired at {review.expires_at}")

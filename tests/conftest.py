@@ -1,0 +1,128 @@
+"""What every test may ask for. All of it is real; each pytest process has a stack of its own.
+
+servers       PostgreSQL, Valkey and the stand-in model server, started once
+stack         the same, and the API and a worker as processes
+client        an HTTP client of the API with a key of this test's own `tenant`
+database_url  a migrated database of this test's own
+redis_url     an empty Redis database
+settings      the settings of a process on these two
+"""
+
+import os
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import httpx
+import pytest
+import redis
+from pydantic import SecretStr
+
+from app.config import Settings
+from app.devstack.access import make_key
+from app.devstack.processes import Reaper
+from tests.stack import TEMPLATE, Stack
+
+
+@pytest.fixture(scope="session")
+def reaper() -> Iterator[Reaper]:
+    with Reaper() as reaper:
+        yield reaper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> None:
+    """What the developer's shell sets for the service is not meant for the tests."""
+    for name in Settings.model_fields:
+        os.environ.pop(name.upper(), None)
+    os.environ["SECRETS_DIR"] = os.devnull
+
+
+@contextmanager
+def _new_directory() -> Iterator[Path]:
+    """Below the system's, not pytest's: PostgreSQL's own user has to pass through all of them."""
+    with tempfile.TemporaryDirectory(prefix="agent-service-") as name:
+        directory = Path(name)
+        directory.chmod(0o711)
+        yield directory
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """For servers of this test's own."""
+    with _new_directory() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def servers(reaper: Reaper) -> Iterator[Stack]:
+    with _new_directory() as directory:
+        stack = Stack(directory, reaper)
+        try:
+            stack.start_servers()
+            yield stack
+        finally:
+            stack.stop()
+
+
+@pytest.fixture(scope="session")
+def _service(servers: Stack) -> Stack:
+    servers.start_service()
+    return servers
+
+
+@pytest.fixture
+def stack(_service: Stack) -> Stack:
+    """Everything runs: what an earlier test has left stopped is started again."""
+    for process in _service.processes:
+        if not process.is_running:
+            process.start()
+    return _service
+
+
+@pytest.fixture
+def tenant() -> str:
+    return f"tenant-{uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def client(stack: Stack, tenant: str) -> Iterator[httpx.Client]:
+    key = make_key(stack.database_url, tenant=tenant, name="test")
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=stack.api.address, headers=headers, timeout=30, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def database_url(servers: Stack) -> Iterator[str]:
+    name = f"test_{uuid4().hex}"
+    yield servers.postgres.create_database(name, template=TEMPLATE)
+    servers.postgres.drop_database(name)
+
+
+@pytest.fixture
+def redis_url(servers: Stack) -> str:
+    url = servers.valkey.url(1)
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+    return url
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(
+        database_url=SecretStr(database_url), redis_url=SecretStr(redis_url), agents=("app.agents", "tests.agents")
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside the failure of a test that used the stack, show what the API and the worker said last."""
+    report = yield
+    stack = getattr(item, "funcargs", {}).get("stack")
+    if report.failed and isinstance(stack, Stack):
+        for process in (stack.api, stack.worker):
+            report.sections.append((f"{process.name}: end of the log", process.tail(15)))
+    return report
