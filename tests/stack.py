@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -21,6 +23,15 @@ def clean_env(**variables: str) -> dict[str, str]:
     """Our environment without any setting of the service, and with these."""
     ours = {name: value for name, value in os.environ.items() if name.lower() not in Settings.model_fields}
     return {**ours, "SECRETS_DIR": os.devnull, **variables}
+
+
+@contextmanager
+def new_directory() -> Iterator[Path]:
+    """Below the system's, not pytest's: PostgreSQL's own user has to pass through all of them."""
+    with tempfile.TemporaryDirectory(prefix="agent-service-") as name:
+        directory = Path(name)
+        directory.chmod(0o711)
+        yield directory
 
 
 class Stack(stack.Stack):

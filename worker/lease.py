@@ -65,7 +65,9 @@ class Leases:
         async with self.engine.connect() as connection:
             kept = await leases.extend(connection, tokens, lease_seconds=self.lease_seconds)
         for run_id in tokens.keys() - kept:
-            self.drop(run_id)
+            held = self.held.get(run_id)
+            if held is not None and held.claim.token == tokens[run_id]:  # not one that was claimed anew meanwhile
+                held.interrupt(Interruption.LOST)
 
     def drop(self, run_id: UUID) -> None:
         """The run is not ours any more: stop it here, if it is here."""

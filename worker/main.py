@@ -117,10 +117,15 @@ async def run_worker(settings: Settings) -> None:
             await signals.publish(RESTED, run_id)
 
         pulse = Pulse()
-        await stack.enter_async_context(in_background(pulse.beat()))
-        await stack.enter_async_context(in_background(leases.keep()))
-        await stack.enter_async_context(in_background(Sweeper(engine, queue, signals).keep_sweeping()))
-        await stack.enter_async_context(signals.listening(CANCELLED, leases.drop))
+        vital = [
+            await stack.enter_async_context(in_background(work))
+            for work in (
+                pulse.beat(),
+                leases.keep(),
+                Sweeper(engine, queue, signals).keep_sweeping(),
+                signals.listen(CANCELLED, leases.drop),
+            )
+        ]
 
         async def is_ready() -> bool:
             return not stop.is_set() and await can_reach(engine, redis_url)
@@ -141,12 +146,15 @@ async def run_worker(settings: Settings) -> None:
         feeder = Feeder(make_queue_worker)
         feeding = asyncio.create_task(asyncio.to_thread(feeder.feed), name="feeder")
         logger.info("worker started", extra={"fields": {"worker": name, "slots": settings.worker_concurrency}})
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait([feeding, stopping], return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        stopping = await stack.enter_async_context(in_background(stop.wait()))
+        await asyncio.wait([feeding, stopping, *vital], return_when=asyncio.FIRST_COMPLETED)
+        stop.set()
         feeder.stop()
         await executor.drain(max(0.5, settings.drain_seconds - DRAIN_MARGIN_SECONDS))
         await feeding
+        for task in vital:
+            if task.done():
+                task.result()  # none of them ends but by an error, which ends this process
         logger.info("worker stopped", extra={"fields": {"worker": name}})
 
 
@@ -193,15 +201,14 @@ class Feeder:
 
 
 @asynccontextmanager
-async def in_background(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def in_background(work: Coroutine[Any, Any, object]) -> AsyncIterator["asyncio.Task[object]"]:
     """Do something for the length of the block."""
     task = asyncio.create_task(work)
     try:
-        yield
+        yield task
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
 
 
 async def can_reach(engine: AsyncEngine, redis_url: str) -> bool:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from uuid import UUID
 
@@ -25,6 +25,7 @@ from rq.exceptions import DequeueTimeout, NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job
 from rq.registry import StartedJobRegistry
+from rq.suspension import is_suspended
 from rq.timeouts import BaseDeathPenalty
 from rq.utils import now as _rq_now
 from rq.worker import BaseWorker, WorkerStatus
@@ -120,9 +121,11 @@ class ConcurrentWorker(BaseWorker):
         self.set_state(WorkerStatus.IDLE)
         while not self._stop_requested:
             self.heartbeat()
-            self.check_for_suspension(burst=False)
             if self.should_run_maintenance_tasks:
                 self.run_maintenance_tasks()
+            if self._is_suspended():
+                time.sleep(DEQUEUE_SECONDS)
+                continue
             if not self._slots.acquire(timeout=DEQUEUE_SECONDS):
                 continue
             job = self._pop()
@@ -156,13 +159,14 @@ class ConcurrentWorker(BaseWorker):
         future.add_done_callback(lambda _: self._rested(job, begun, future))
 
     def _rested(self, job: Job, begun: "Future[Execution | None]", future: "Future[bool]") -> None:
-        self._running.pop(job.id, None)
-        self._slots.release()
         self._books.submit(self._end, job, begun, future)
+        self._running.pop(job.id)  # after that, `teardown` may end the bookkeeping
+        self._slots.release()
 
     def teardown(self) -> None:
         """Wait for the runs in execution, finish their bookkeeping, and take leave."""
-        wait(list(self._running.values()))
+        while self._running:
+            time.sleep(0.02)
         self._books.shutdown(wait=True)
         try:
             super().teardown()  # type: ignore[no-untyped-call]
@@ -253,12 +257,24 @@ class ConcurrentWorker(BaseWorker):
         except RedisError as error:
             logger.warning("state not told to Redis", extra={"fields": {"error": str(error)}})
 
-    def check_for_suspension(self, burst: bool) -> None:
-        """Take no jobs while `rq suspend` is in force; runs in execution go on."""
+    def _is_suspended(self) -> bool:
+        """Is `rq suspend` in force? Then no jobs are taken; runs in execution go on."""
         try:
-            super().check_for_suspension(burst)
+            suspended = bool(is_suspended(self.connection, self))
         except RedisError as error:
             logger.warning("suspension unknown", extra={"fields": {"error": str(error)}})
+            return False
+        if suspended != (self._state == WorkerStatus.SUSPENDED):
+            self.set_state(WorkerStatus.SUSPENDED if suspended else WorkerStatus.IDLE)
+        return suspended
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """RQ waits here without a heartbeat; we look between two pops instead."""
+
+    def register_birth(self) -> None:
+        """A namesake in Redis is this very process, before it lost its connection."""
+        self.connection.delete(self.key)
+        super().register_birth()  # type: ignore[no-untyped-call]
 
     def run_maintenance_tasks(self) -> None:
         """Forget what dead workers left in Redis. Whether their runs go on is the sweeper's business, not RQ's."""

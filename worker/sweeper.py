@@ -6,6 +6,7 @@ queued runs that Redis does not know are enqueued. It reads Postgres, so a flush
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from uuid import UUID
 
@@ -22,6 +23,8 @@ from app.signals import RESTED, Signals
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 2.0
+COMPARE_SECONDS = 30.0
+"""How often the queued runs are compared with Redis one by one, also when their numbers give no reason to."""
 BATCH = 500
 
 
@@ -33,6 +36,7 @@ class Sweeper:
         self._transactional = transactional(engine)
         self._queue = queue
         self._signals = signals
+        self._next_comparison = 0.0
 
     async def keep_sweeping(self) -> None:
         """Sweep for ever; what fails is tried again in the next sweep."""
@@ -65,7 +69,11 @@ class Sweeper:
         await self._enqueue(marked)
         async with self._engine.connect() as connection:
             waiting = await sweep.count_queued(connection)
-        if waiting and waiting > await asyncio.to_thread(self._queue.length):
+        if waiting == 0:
+            return
+        is_due = time.monotonic() >= self._next_comparison
+        if is_due or waiting > await asyncio.to_thread(self._queue.length):
+            self._next_comparison = time.monotonic() + COMPARE_SECONDS
             known = await asyncio.to_thread(self._queue.run_ids)
             async with self._engine.connect() as connection:
                 queued = await sweep.queued(connection)

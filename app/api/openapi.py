@@ -1,16 +1,18 @@
 """The OpenAPI document: what the framework cannot know is added here."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from app.api.errors import PROBLEM_JSON
 from app.api.examples import EXAMPLES
 from app.api.middleware import REQUEST_ID, REQUEST_ID_PATTERN
 from app.api.schemas import DecideReview, Problem, SubmitRun
+from app.domain.agent import Agent
+from app.registry import Registry
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -60,8 +62,8 @@ def json_body(model: type[SubmitRun | DecideReview]) -> dict[str, Any]:
     }
 
 
-def describe(app: FastAPI, agents: Iterable[str]) -> dict[str, Any]:
-    """The document, with the shapes of bodies and problems, examples, the agents' names, the header of every answer."""
+def describe(app: FastAPI, agents: Registry) -> dict[str, Any]:
+    """The document, with what the agents take, the shapes of bodies and problems, examples, and common headers."""
     document = get_openapi(
         title=app.title,
         version=app.version,
@@ -70,12 +72,7 @@ def describe(app: FastAPI, agents: Iterable[str]) -> dict[str, Any]:
         routes=app.routes,
     )
     schemas = document["components"]["schemas"]
-    _, ours = models_json_schema(
-        [(SubmitRun, "validation"), (DecideReview, "validation"), (Problem, "serialization")],
-        ref_template=_SCHEMAS + "{model}",
-    )
-    schemas.update(ours["$defs"])
-    schemas["SubmitRun"]["properties"]["agent"]["enum"] = sorted(agents)
+    schemas.update(_own_schemas(agents))
     for name, example in EXAMPLES.items():  # the framework would drop the nulls in them
         schemas[name]["examples"] = [example]
     for name in ("HTTPValidationError", "ValidationError"):
@@ -90,6 +87,44 @@ def describe(app: FastAPI, agents: Iterable[str]) -> dict[str, Any]:
         for operation in path.values():
             _finish(operation["responses"])
     return document
+
+
+def _own_schemas(agents: Registry) -> dict[str, Any]:
+    """Of bodies, which the framework does not read, and of problems. A submission is described for each agent."""
+    models: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (SubmitRun, "validation"),
+        (DecideReview, "validation"),
+        (Problem, "serialization"),
+        *((agent.input, "validation") for agent in agents.values() if agent.input),
+    ]
+    references, found = models_json_schema(models, ref_template=_SCHEMAS + "{model}")
+    schemas: dict[str, Any] = found["$defs"]
+    common = schemas["SubmitRun"]
+    if agents:
+        inputs = {
+            agent.name: references[agent.input, "validation"] if agent.input else agent.input_schema
+            for agent in agents.values()
+        }
+        schemas["SubmitRun"] = {
+            "title": common["title"],
+            "description": common["description"],
+            "oneOf": [_submission_to(agents[name], inputs[name], common) for name in sorted(agents)],
+        }
+    return schemas
+
+
+def _submission_to(agent: Agent, input_schema: Any, common: dict[str, Any]) -> dict[str, Any]:
+    limits = {name: value for name, value in agent.limits.model_dump().items() if value is not None}
+    properties = {
+        **common["properties"],
+        "agent": {"type": "string", "const": agent.name},
+        "input": input_schema,
+        "limits": {
+            "allOf": [{"$ref": f"{_SCHEMAS}LowerLimits"}],
+            "properties": {name: {"type": "number", "maximum": float(value)} for name, value in limits.items()},
+        },
+    }
+    return {**common, "title": f"A task for {agent.name}", "description": agent.description, "properties": properties}
 
 
 def _finish(responses: dict[str, Any]) -> None:

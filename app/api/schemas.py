@@ -5,7 +5,17 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    StringConstraints,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
 
 from app.domain.agent import Agent as DomainAgent
 from app.domain.agent import Limits as DomainLimits
@@ -31,12 +41,30 @@ def _without_defaults(schema: dict[str, Any]) -> None:
         del field["default"]
 
 
+def _decimal(value: object) -> object:
+    """A JSON number as the decimal that was written, so that 0.1 is 0.1."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("number_type", "Input should be a number")
+    return Decimal(str(value))
+
+
+DollarLimit = Annotated[
+    Decimal,
+    Field(gt=0, le=10_000),
+    WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 10_000}),
+]
+
+
 class LowerLimits(DomainLimits):
     """Limits for this run: at most the agent's own, which hold for those that are left out."""
 
     model_config = ConfigDict(strict=True, json_schema_extra=_without_defaults)
 
-    max_cost_usd: Decimal | None = Field(None, gt=0, le=10_000, strict=False, description="US dollars for all calls.")
+    max_cost_usd: Annotated[DollarLimit | None, BeforeValidator(_decimal)] = Field(
+        None, description="US dollars for all calls."
+    )
 
 
 MetadataName = Annotated[str, StringConstraints(min_length=1, max_length=64)]

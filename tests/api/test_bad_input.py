@@ -100,6 +100,11 @@ BAD_RUNS = {
     "limit below zero": (run_with(limits={"deadline_s": -1}), "invalid-request", ["#/limits/deadline_s"]),
     "limit as text": (run_with(limits={"max_steps": "5"}), "invalid-request", ["#/limits/max_steps"]),
     "limit true": (run_with(limits={"max_cost_usd": True}), "invalid-request", ["#/limits/max_cost_usd"]),
+    "cost limit as text": (
+        run_with(limits={"max_cost_usd": "0.10"}),
+        "invalid-request",
+        ["#/limits/max_cost_usd"],
+    ),
     "limit null": (run_with(limits={"max_steps": None}), "invalid-request", ["#/limits/max_steps"]),
     "unknown limit": (run_with(limits={"max_stepz": 5}), "invalid-request", ["#/limits/max_stepz"]),
     "limits not an object": (run_with(limits=[]), "invalid-request", ["#/limits"]),

@@ -116,9 +116,14 @@ def test_the_example_of_a_submission_is_accepted(client: httpx.Client) -> None:
     assert set(response.json()) == set(EXAMPLES["Run"])
 
 
-def test_the_document_knows_the_agents(document: Json) -> None:
-    agent = document["components"]["schemas"]["SubmitRun"]["properties"]["agent"]
-    assert {"support", "toolbox"} <= set(agent["enum"])
+def test_the_document_knows_what_each_agent_takes(document: Json) -> None:
+    variants = document["components"]["schemas"]["SubmitRun"]["oneOf"]
+    takes = {variant["properties"]["agent"]["const"]: variant["properties"] for variant in variants}
+    assert takes["support"]["input"]["type"] == "string"
+    assert takes["support"]["limits"]["properties"]["max_steps"]["maximum"] == 10
+    question = takes["typed"]["input"]["$ref"].removeprefix("#/components/schemas/")
+    assert document["components"]["schemas"][question]["required"] == ["subject"]
+    assert "max_cost_usd" not in takes["free"]["limits"]["properties"]
 
 
 def test_the_limits_of_a_request_have_no_defaults_of_their_own(document: Json) -> None:

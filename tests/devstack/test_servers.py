@@ -15,14 +15,25 @@ import redis
 from app.devstack.processes import ProcessFailed, Reaper, free_port, is_free
 from app.devstack.servers import Postgres, Valkey
 from app.devstack.unprivileged import SYSTEM_USER
+from tests.stack import new_directory
+
+
+@pytest.fixture(scope="module")
+def server(reaper: Reaper) -> Iterator[Postgres]:
+    with new_directory() as directory:
+        server = Postgres(directory / "postgres", reaper=reaper, durable=False)
+        yield server
+        server.stop()
 
 
 @pytest.fixture
-def postgres(directory: Path, reaper: Reaper) -> Iterator[Postgres]:
-    server = Postgres(directory / "postgres", reaper=reaper, durable=False)
-    server.start()
-    yield server
-    server.stop()
+def postgres(server: Postgres) -> Postgres:
+    """Runs, and holds nothing."""
+    if not server.is_running:
+        server.start()
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS kept")
+    return server
 
 
 @pytest.fixture
@@ -43,12 +54,12 @@ def read(postgres: Postgres) -> object:
         return connection.execute("SELECT value FROM kept").fetchone()
 
 
-def test_postgres_is_18_on_loopback_only_with_a_password(postgres: Postgres, directory: Path) -> None:
+def test_postgres_is_18_on_loopback_only_with_a_password(postgres: Postgres) -> None:
     with psycopg.connect(postgres.url()) as connection:
         assert connection.info.server_version // 10_000 == 18
         assert connection.execute("SHOW listen_addresses").fetchone() == ("127.0.0.1",)
         assert connection.execute("SHOW default_text_search_config").fetchone() == ("pg_catalog.english",)
-    password = directory / "postgres" / "password"
+    password = postgres.directory / "password"
     assert password.stat().st_mode & 0o777 == 0o600
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         psycopg.connect(f"postgresql://postgres@127.0.0.1:{postgres.port}/postgres")
@@ -113,7 +124,7 @@ def test_a_lock_file_with_the_pid_of_a_stranger_does_not_keep_postgres_away(
     postgres: Postgres, directory: Path
 ) -> None:
     postgres.stop()
-    (directory / "postgres" / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n/elsewhere\n")
+    (postgres.directory / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n/elsewhere\n")
     postgres.start()
     assert postgres.is_running
 
