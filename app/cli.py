@@ -75,28 +75,33 @@ def migrate() -> None:
 @cli.command()
 def api() -> None:
     """Serve the HTTP API."""
-    from app.config import load_settings
-    from app.logging import configure_logging
+    from app.startup import loading
 
-    settings = load_settings()
-    configure_logging(settings.log_level)
+    with loading():
+        from app.config import load_settings
+        from app.logging import configure_logging
 
-    import uvicorn
+        settings = load_settings()
+        configure_logging(settings.log_level)
 
-    from app.main import create_app
+        import uvicorn
 
-    uvicorn.run(
-        create_app(settings),
-        host=settings.api_host,
-        port=settings.api_port,
-        loop="uvloop",
-        http="httptools",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,  # longer than clients and load balancers keep an idle connection, so that they close it
-        timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
-    )
+        from app.main import create_app
+
+        config = uvicorn.Config(
+            create_app(settings),
+            host=settings.api_host,
+            port=settings.api_port,
+            loop="uvloop",
+            http="httptools",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,  # longer than clients and load balancers keep an idle connection: they close it
+            timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
+        )
+        config.load()
+    uvicorn.Server(config).run()
 
 
 @cli.command()

@@ -1,5 +1,8 @@
 """`python -m worker`."""
 
-from worker.main import main
+from app.startup import loading
+
+with loading():
+    from worker.main import main
 
 main()

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security import SecurityScopes
+from fastapi.security.base import SecurityBase
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
@@ -42,36 +44,35 @@ async def _services(request: Request) -> Services:
 
 ServicesDep = Annotated[Services, Depends(_services)]
 
-_bearer = HTTPBearer(
-    scheme_name="apiKey",
-    bearerFormat="ask_<id>_<secret>",
-    description="An API key. Each operation names the scope that the key needs; `admin` includes all.",
-    auto_error=False,
-)
 
+class _ApiKey(SecurityBase):
+    """The caller, by their API key: one dependency that is the OpenAPI scheme, too."""
 
-async def _authenticate(
-    request: Request,
-    wanted: SecurityScopes,
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Principal:
-    if credentials is None:
-        raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _REALM})
-    caller = await _find_caller(services.engine, credentials.credentials)
-    if caller is None:
-        raise Unauthorized(
-            "this API key is unknown, expired or revoked",
-            headers={"WWW-Authenticate": f'{_REALM}, error="invalid_token"'},
-        )
-    request.state.tenant = caller.tenant
-    for scope in wanted.scopes:
-        if not caller.has(Scope(scope)):
-            raise MissingScope(
-                f"the API key needs the scope {scope}",
-                headers={"WWW-Authenticate": f'{_REALM}, error="insufficient_scope", scope="{scope}"'},
+    scheme_name = "apiKey"
+    model = HTTPBearer(
+        bearerFormat="ask_<id>_<secret>",
+        description="An API key. Each operation names the scope that the key needs; `admin` includes all.",
+    )
+
+    async def __call__(self, request: Request, wanted: SecurityScopes) -> Principal:
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _REALM})
+        services: Services = request.app.state.services
+        caller = await _find_caller(services.engine, key.strip())
+        if caller is None:
+            raise Unauthorized(
+                "this API key is unknown, expired or revoked",
+                headers={"WWW-Authenticate": f'{_REALM}, error="invalid_token"'},
             )
-    return caller
+        request.state.tenant = caller.tenant
+        for scope in wanted.scopes:
+            if not caller.has(Scope(scope)):
+                raise MissingScope(
+                    f"the API key needs the scope {scope}",
+                    headers={"WWW-Authenticate": f'{_REALM}, error="insufficient_scope", scope="{scope}"'},
+                )
+        return caller
 
 
 async def _find_caller(engine: AsyncEngine, key: str) -> Principal | None:
@@ -86,8 +87,10 @@ async def _find_caller(engine: AsyncEngine, key: str) -> Principal | None:
         return await keys.authenticate(connection, key)
 
 
-RunReader = Annotated[Principal, Security(_authenticate, scopes=[Scope.RUNS_READ.value])]
-RunWriter = Annotated[Principal, Security(_authenticate, scopes=[Scope.RUNS_WRITE.value])]
-AuditReader = Annotated[Principal, Security(_authenticate, scopes=[Scope.AUDIT_READ.value])]
-ReviewReader = Annotated[Principal, Security(_authenticate, scopes=[Scope.REVIEWS_READ.value])]
-Reviewer = Annotated[Principal, Security(_authenticate, scopes=[Scope.REVIEWS_DECIDE.value])]
+_api_key = _ApiKey()
+
+RunReader = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_READ.value])]
+RunWriter = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_WRITE.value])]
+AuditReader = Annotated[Principal, Security(_api_key, scopes=[Scope.AUDIT_READ.value])]
+ReviewReader = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_READ.value])]
+Reviewer = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_DECIDE.value])]
