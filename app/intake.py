@@ -93,18 +93,21 @@ class Intake:
 
         Raises `UnknownAgent`, `LimitRaised`, `UnpricedModel`, `InvalidRequest`, `IdempotencyMismatch`.
         """
-        # Looked up before anything is checked: the same request gives the same run, also when the agent has changed.
-        if replayed := await self._accepted_before(caller, submission):
-            return replayed, True
-        new = self._validated(caller, submission)
+        try:
+            new = self._validated(caller, submission)
+        except InvalidRequest:
+            # The agent may have changed meanwhile; the same request still gives the run that it gave then.
+            if replayed := await self._accepted_before(caller, submission):
+                return replayed, True
+            raise
         async with self.engine.connect() as connection:
             run = await runs.accept(connection, new)
-        if run is None:  # the same key at the same moment, and the other one was first
-            replayed = await self._accepted_before(caller, submission)
-            assert replayed is not None
-            return replayed, True
-        self.enqueuer.put(run.id, run.priority)
-        return run, False
+        if run is not None:
+            self.enqueuer.put(run.id, run.priority)
+            return run, False
+        replayed = await self._accepted_before(caller, submission)
+        assert replayed is not None
+        return replayed, True
 
     async def cancel_run(self, caller: Principal, run_id: UUID) -> Run:
         """End a run, whoever holds it. A cancelled run stays as it is.

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import app.cli
 from app import __version__
 from app.devstack.access import is_accepted
-from app.devstack.processes import free_port
+from app.devstack.ports import free_port
 from tests.stack import clean_env
 
 Result = subprocess.CompletedProcess[str]

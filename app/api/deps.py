@@ -7,7 +7,6 @@ from fastapi import Depends, Security
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 
@@ -59,7 +58,8 @@ class _ApiKey(SecurityBase):
         if scheme.lower() != "bearer" or not key:
             raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _REALM})
         services: Services = request.app.state.services
-        caller = await _find_caller(services.engine, key.strip())
+        async with services.engine.connect() as connection:
+            caller = await keys.authenticate(connection, key.strip())
         if caller is None:
             raise Unauthorized(
                 "this API key is unknown, expired or revoked",
@@ -73,18 +73,6 @@ class _ApiKey(SecurityBase):
                     headers={"WWW-Authenticate": f'{_REALM}, error="insufficient_scope", scope="{scope}"'},
                 )
         return caller
-
-
-async def _find_caller(engine: AsyncEngine, key: str) -> Principal | None:
-    try:
-        async with engine.connect() as connection:
-            return await keys.authenticate(connection, key)
-    except DBAPIError as error:
-        if not error.connection_invalidated:
-            raise
-    # Postgres had closed the connection, and the pool has now dropped all that are as old: a new one will do.
-    async with engine.connect() as connection:
-        return await keys.authenticate(connection, key)
 
 
 _api_key = _ApiKey()

@@ -11,7 +11,8 @@ from watchfiles import watch
 from app.devstack.access import is_accepted, make_key
 from app.devstack.lock import exclusive
 from app.devstack.output import shown
-from app.devstack.processes import ProcessFailed, Reaper, is_free
+from app.devstack.ports import is_free
+from app.devstack.processes import ProcessFailed, Reaper
 from app.devstack.stack import ROOT, Stack
 from app.domain.errors import ConfigurationError
 

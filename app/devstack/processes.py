@@ -1,13 +1,8 @@
-"""Child processes: each in a session of its own, with a log file, and a reaper that outlives us.
-
-ProcessFailed is raised when one does not start, and carries the end of its log.
-"""
+"""Child processes: each in a session of its own, with a log file, and a reaper that outlives us."""
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,9 +13,9 @@ from types import TracebackType
 from typing import IO, Self
 
 from app.devstack import reaper
+from app.devstack.ports import free_port
 from app.devstack.terminal import readable
 
-LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.02
 
 
@@ -284,26 +279,3 @@ def start_together(*processes: Process) -> None:
         process.spawn()
     for process in processes:
         process.wait_ready()
-
-
-def free_port() -> int:
-    """A free loopback port below those that the system hands to outgoing connections.
-
-    From among those, a client that keeps trying a server that is down would sooner or later be given the server's own
-    port, connect to itself, and keep the server from coming back.
-    """
-    while True:
-        port = random.randrange(15_000, 32_000)
-        if is_free(port):
-            return port
-
-
-def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Can a server be started on this port?"""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True

@@ -14,7 +14,8 @@ import psutil
 import psycopg
 from psycopg import sql
 
-from app.devstack.processes import LOOPBACK, ProcessFailed, Reaper, Server
+from app.devstack.ports import LOOPBACK
+from app.devstack.processes import ProcessFailed, Reaper, Server
 from app.devstack.unprivileged import open_for_reading, open_the_way, user_for_postgres
 
 _ORPHANS_SECONDS = 15.0

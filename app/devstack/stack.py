@@ -7,7 +7,8 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from app.db.migrate import upgrade
-from app.devstack.processes import LOOPBACK, Process, Reaper, Server, start_together
+from app.devstack.ports import LOOPBACK
+from app.devstack.processes import Process, Reaper, Server, start_together
 from app.devstack.servers import Postgres, Valkey
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -106,6 +106,17 @@ def test_the_same_key_from_many_at_once_is_one_run(client: httpx.Client) -> None
     assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
 
 
+def test_the_same_request_is_the_same_run_also_when_its_agent_is_gone(start_api: StartApi, own_key: str) -> None:
+    headers = {"Idempotency-Key": "measured once"}
+    body = {"agent": "measuring", "input": {"value": 1}}
+    with client_of(start_api(AGENTS="tests.api.flawed_agents"), own_key) as client:
+        run = client.post("/v1/runs", json=body, headers=headers).json()
+    with client_of(start_api(), own_key) as client:
+        again = client.post("/v1/runs", json=body, headers=headers)
+        assert (again.status_code, again.json()["id"]) == (202, run["id"])
+        assert client.post("/v1/runs", json=body).json()["type"].endswith(":unknown-agent")
+
+
 def test_another_tenant_may_use_the_same_key(stack: Stack, client: httpx.Client) -> None:
     headers = {"Idempotency-Key": "the same"}
     body = {"agent": "toolbox", "input": "script:unknown"}

@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from app.devstack.processes import LOOPBACK, free_port
+from app.devstack.ports import LOOPBACK, free_port
 from app.devstack.stack import ROOT
 from tests.stack import Stack, clean_env
 

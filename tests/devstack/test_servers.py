@@ -12,7 +12,8 @@ import psycopg
 import pytest
 import redis
 
-from app.devstack.processes import ProcessFailed, Reaper, free_port, is_free
+from app.devstack.ports import free_port, is_free
+from app.devstack.processes import ProcessFailed, Reaper
 from app.devstack.servers import Postgres, Valkey
 from app.devstack.unprivileged import SYSTEM_USER
 from tests.stack import new_directory
