@@ -63,10 +63,10 @@ def demo() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database's schema up to date."""
-    from app.config import load_settings
+    from app.config import DatabaseSettings, load_settings
     from app.db.migrate import upgrade
 
-    settings = load_settings()
+    settings = load_settings(DatabaseSettings)
     with _database_errors():
         upgrade(settings.database_url.get_secret_value())
     click.echo("The database is up to date.", err=True)
@@ -194,10 +194,10 @@ def _row(key: "ApiKey", now: datetime) -> tuple[str, ...]:
 
 def _in_database(statement: "Callable[[AsyncConnection], Awaitable[T]]") -> T:
     """Run one repository function on the database that the settings name."""
-    from app.config import load_settings
+    from app.config import DatabaseSettings, load_settings
     from app.db.engine import make_engine
 
-    settings = load_settings()
+    settings = load_settings(DatabaseSettings)
 
     async def run() -> T:
         engine = make_engine(settings.database_url.get_secret_value(), pool_size=1, application_name="agent-service")

@@ -5,7 +5,7 @@ Each is also readable from a file of the same name (lower case) in `SECRETS_DIR`
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -15,12 +15,24 @@ from app.domain.errors import ConfigurationError
 DEFAULT_SECRETS_DIR = "/run/secrets"
 
 
-class Settings(BaseSettings):
-    """What the process was told. Never changes after the start; secrets never print."""
+class DatabaseSettings(BaseSettings):
+    """What a command that only works on the database has to be told."""
 
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True)
 
     database_url: SecretStr = Field(description="PostgreSQL: postgresql://user:password@host:5432/name")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgres(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            raise ValueError("must start with postgresql://")
+        return value
+
+
+class Settings(DatabaseSettings):
+    """What the API and the worker are told. Never changes after the start; secrets never print."""
+
     redis_url: SecretStr = Field(description="Redis or Valkey: redis://[:password@]host:6379/0")
     agents: Annotated[tuple[str, ...], NoDecode] = Field(
         ("app.agents",), description="Packages whose modules define agents, separated by commas."
@@ -40,20 +52,13 @@ class Settings(BaseSettings):
     )
     image_digest: str = Field("", description="Digest of the running image, shown by /version and kept on every run.")
 
-    api_host: str = Field("127.0.0.1", description="Address the API binds.")
+    api_host: str = Field("127.0.0.1", description="Address that the API and the worker's health port bind.")
     api_port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
     worker_concurrency: int = Field(100, ge=1, le=10_000, description="Runs that one worker executes at a time.")
     worker_health_port: int = Field(0, ge=0, le=65535, description="Port of the worker's health probe; 0 means none.")
     drain_seconds: float = Field(8, gt=0, le=3600, description="Seconds after SIGTERM until open runs are handed back.")
     lease_seconds: float = Field(20, ge=1, le=600, description="Seconds until a silent worker's runs are taken over.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
-
-    @field_validator("database_url")
-    @classmethod
-    def _is_postgres(cls, value: SecretStr) -> SecretStr:
-        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
-            raise ValueError("must start with postgresql://")
-        return value
 
     @field_validator("redis_url")
     @classmethod
@@ -88,14 +93,21 @@ class Settings(BaseSettings):
         return self.openai_api_key
 
 
-def load_settings(**overrides: Any) -> Settings:
+S = TypeVar("S", bound=DatabaseSettings)
+
+
+@overload
+def load_settings() -> Settings: ...
+@overload
+def load_settings(kind: type[S]) -> S: ...
+def load_settings(kind: type[DatabaseSettings] = Settings) -> DatabaseSettings:
     """Read the environment and the secrets directory.
 
     Raises `ConfigurationError`: one line that names every variable that is missing or malformed, never a value.
     """
     secrets_dir = Path(os.environ.get("SECRETS_DIR", DEFAULT_SECRETS_DIR))
     try:
-        return Settings(_secrets_dir=secrets_dir if secrets_dir.is_dir() else None, **overrides)
+        return kind(_secrets_dir=secrets_dir if secrets_dir.is_dir() else None)
     except ValidationError as error:
         raise ConfigurationError("; ".join(_explain(problem) for problem in error.errors())) from None
 

@@ -5,6 +5,9 @@ from uuid import uuid4
 
 import httpx
 
+MODEL = httpx.Client(verify=False, trust_env=False)
+"""For the stand-in model; a client of its own for every call would load the system's certificates each time."""
+
 Reply = dict[str, Any]
 DONE: Reply = {"content": "done"}
 
@@ -35,7 +38,7 @@ class Script:
     def add(self, replies: list[Reply], *, model: str | None = None) -> None:
         """Replies for requests to one model (by name), or to any."""
         name = f"{self.name}@{model}" if model else self.name
-        httpx.put(f"{self._model_url}/_scripts/{name}", json=replies).raise_for_status()
+        MODEL.put(f"{self._model_url}/_scripts/{name}", json=replies).raise_for_status()
 
     @property
     def input(self) -> str:
@@ -44,7 +47,7 @@ class Script:
     def requests(self, *, model: str | None = None) -> list[dict[str, Any]]:
         """The bodies of the requests that the model has seen."""
         name = f"{self.name}@{model}" if model else self.name
-        seen: list[dict[str, Any]] = httpx.get(f"{self._model_url}/_scripts/{name}").json()["requests"]
+        seen: list[dict[str, Any]] = MODEL.get(f"{self._model_url}/_scripts/{name}").json()["requests"]
         return seen
 
 

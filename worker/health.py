@@ -7,11 +7,8 @@ from aiohttp import web
 
 
 @asynccontextmanager
-async def health_server(port: int, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
-    """Serve `/health/live` (an answer means that the loop turns) and `/health/ready` on all addresses.
-
-    `port` 0: serve nothing.
-    """
+async def health_server(host: str, port: int, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
+    """Serve `/health/live` (an answer means that the loop turns) and `/health/ready`. `port` 0: serve nothing."""
     if port == 0:
         yield
         return
@@ -29,7 +26,7 @@ async def health_server(port: int, is_ready: Callable[[], Awaitable[bool]]) -> A
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, port=port).start()
+        await web.TCPSite(runner, host, port).start()
         yield
     finally:
         await runner.cleanup()

@@ -130,7 +130,7 @@ async def run_worker(settings: Settings) -> None:
         async def is_ready() -> bool:
             return not stop.is_set() and await can_reach(engine, redis_url)
 
-        await stack.enter_async_context(health_server(settings.worker_health_port, is_ready))
+        await stack.enter_async_context(health_server(settings.api_host, settings.worker_health_port, is_ready))
 
         def make_queue_worker() -> ConcurrentWorker:
             return ConcurrentWorker(
