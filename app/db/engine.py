@@ -29,6 +29,7 @@ def make_engine(
         max_overflow=0,
         pool_timeout=pool_timeout_s,
         pool_use_lifo=True,
+        skip_autocommit_rollback=True,  # a statement of its own leaves nothing to roll back
         hide_parameters=True,  # what customers wrote stays out of error messages, and so out of logs
         connect_args={"application_name": application_name, "connect_timeout": 5},
     )
