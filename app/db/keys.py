@@ -10,6 +10,7 @@ from datetime import datetime
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.db.fetch import fetch_one
 from app.domain.principal import Principal, Scope
 
 KEY_PREFIX = "ask"
@@ -70,7 +71,7 @@ async def authenticate(connection: AsyncConnection, presented: str) -> Principal
     key_id, _, secret = rest.partition("_")
     if prefix != KEY_PREFIX or not secret or not key_id.isalnum() or not key_id.isascii():
         return None
-    row = (await connection.execute(_FIND, {"id": key_id})).mappings().one_or_none()
+    row = await fetch_one(connection, _FIND, {"id": key_id})
     if row is None or not hmac.compare_digest(bytes(row["key_hash"]), _hash(secret)):
         return None
     return Principal(row["id"], row["tenant"], frozenset(Scope(scope) for scope in row["scopes"]))

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.elements import TextClause
 
 from app.db.audit import audit_parameters
+from app.db.fetch import fetch, fetch_one
 from app.db.runs import COLUMNS, run_of
 from app.db.steps import step_parameters
 from app.domain.audit import AuditEntry, AuditKind
@@ -52,7 +53,8 @@ async def claim(
 ) -> Claim | None:
     """queued → running, under a fresh token. None: there is nothing to claim (any more)."""
     token = uuid4()
-    result = await connection.execute(
+    row = await fetch_one(
+        connection,
         _CLAIM,
         {
             "id": run_id,
@@ -65,7 +67,6 @@ async def claim(
             "data": json.dumps({"image_digest": image_digest}),
         },
     )
-    row = result.mappings().one_or_none()
     return Claim(run=run_of(row), token=token) if row else None
 
 
@@ -79,10 +80,8 @@ _EXTEND = text("""
 
 async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_seconds: float) -> set[UUID]:
     """Heartbeat of all runs of a process (run id → token) in one statement. Returns those that are still held."""
-    result = await connection.execute(
-        _EXTEND, {"ids": list(held), "tokens": list(held.values()), "lease_seconds": lease_seconds}
-    )
-    return set(result.scalars())
+    parameters = {"ids": list(held), "tokens": list(held.values()), "lease_seconds": lease_seconds}
+    return {row["id"] for row in await fetch(connection, _EXTEND, parameters)}
 
 
 _RECORD = text(f"""
@@ -257,8 +256,7 @@ _END = {
 
 
 async def _write(connection: AsyncConnection, statement: TextClause, claim: Claim, parameters: dict[str, Any]) -> None:
-    result = await connection.execute(statement, {"id": claim.run.id, "token": claim.token, **parameters})
-    if result.first() is None:
+    if not await fetch(connection, statement, {"id": claim.run.id, "token": claim.token, **parameters}):
         raise LeaseLost(f"run {claim.run.id} is not held any more")
 
 

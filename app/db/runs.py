@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from uuid import UUID
 
-from sqlalchemy import RowMapping, text
+from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.audit import audit_parameters
+from app.db.fetch import Row, fetch, fetch_one
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.canonical import digest
@@ -21,7 +23,7 @@ COLUMNS = """
 """
 
 
-def run_of(row: RowMapping) -> Run:
+def run_of(row: Row) -> Run:
     """A row that has `COLUMNS`, as a run."""
     return Run(
         id=row["id"],
@@ -76,7 +78,8 @@ async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
             "request_id": new.request_id,
         },
     )
-    result = await connection.execute(
+    row = await fetch_one(
+        connection,
         _ACCEPT,
         {
             "id": new.id,
@@ -94,7 +97,6 @@ async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
             **audit_parameters(f"key:{new.api_key_id}", entry),
         },
     )
-    row = result.mappings().one_or_none()
     return run_of(row) if row else None
 
 
@@ -107,8 +109,7 @@ async def find_by_idempotency_key(
     connection: AsyncConnection, tenant: str, idempotency_key: str
 ) -> tuple[Run, bytes] | None:
     """The run that was accepted under this key, and the hash of its request."""
-    result = await connection.execute(_BY_IDEMPOTENCY_KEY, {"tenant": tenant, "idempotency_key": idempotency_key})
-    row = result.mappings().one_or_none()
+    row = await fetch_one(connection, _BY_IDEMPOTENCY_KEY, {"tenant": tenant, "idempotency_key": idempotency_key})
     return (run_of(row), bytes(row["request_hash"])) if row else None
 
 
@@ -125,8 +126,7 @@ _GET = text(f"SELECT {COLUMNS} FROM runs WHERE id = :id AND tenant = :tenant")  
 
 async def get(connection: AsyncConnection, run_id: UUID, tenant: str) -> Run | None:
     """The run, or None where it is missing or another tenant's."""
-    result = await connection.execute(_GET, {"id": run_id, "tenant": tenant})
-    row = result.mappings().one_or_none()
+    row = await fetch_one(connection, _GET, {"id": run_id, "tenant": tenant})
     return run_of(row) if row else None
 
 
@@ -140,18 +140,20 @@ class RunFilter:
     """Only runs submitted before this one: where the previous page ended."""
 
 
+_CONDITIONS = {"status": "status = :status", "agent": "agent = :agent", "before": "id < :before"}
+
+
+@cache
+def _list_statement(filters: tuple[str, ...]) -> TextClause:
+    clauses = " AND ".join(["tenant = :tenant", *(_CONDITIONS[name] for name in filters)])
+    return text(f"SELECT {COLUMNS} FROM runs WHERE {clauses} ORDER BY id DESC LIMIT :limit")  # noqa: S608
+
+
 async def list_newest(connection: AsyncConnection, tenant: str, where: RunFilter, *, limit: int) -> Sequence[Run]:
     """Newest first. Each combination of filters is served from an index, so the table's size does not matter."""
-    conditions = {
-        "status": "status = :status",
-        "agent": "agent = :agent",
-        "before": "id < :before",
-    }
-    parameters = {name: getattr(where, name) for name in conditions if getattr(where, name) is not None}
-    clauses = " AND ".join(["tenant = :tenant", *(conditions[name] for name in parameters)])
-    statement = text(f"SELECT {COLUMNS} FROM runs WHERE {clauses} ORDER BY id DESC LIMIT :limit")  # noqa: S608
-    result = await connection.execute(statement, {**parameters, "tenant": tenant, "limit": limit})
-    return [run_of(row) for row in result.mappings()]
+    filters = {name: value for name in _CONDITIONS if (value := getattr(where, name)) is not None}
+    statement = _list_statement(tuple(filters))
+    return [run_of(row) for row in await fetch(connection, statement, {**filters, "tenant": tenant, "limit": limit})]
 
 
 _CANCEL = text(f"""
@@ -177,9 +179,9 @@ async def cancel(connection: AsyncConnection, run_id: UUID, tenant: str, *, acto
     A worker that holds it loses its lease by this and can write nothing more; a call that it had begun, and that
     cannot be repeated, is `in_doubt` from now on.
     """
-    result = await connection.execute(
+    row = await fetch_one(
+        connection,
         _CANCEL,
         {"id": run_id, "tenant": tenant, **audit_parameters(actor, AuditEntry(AuditKind.RUN_CANCELLED))},
     )
-    row = result.mappings().one_or_none()
     return run_of(row) if row else None

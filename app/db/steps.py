@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from uuid import UUID
 
 from pydantic import TypeAdapter
-from sqlalchemy import RowMapping, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from app.db.fetch import Row, fetch
 from app.domain.step import Step, ToolStep
 
 _STEP: TypeAdapter[Step] = TypeAdapter(Step)
@@ -30,7 +31,7 @@ def step_parameters(steps: Sequence[Step]) -> str:
     )
 
 
-def _step_of(row: RowMapping) -> Step:
+def _step_of(row: Row) -> Step:
     own = {name: row[name] for name in _OWN_COLUMNS if row[name] is not None}
     return _STEP.validate_python({**row["body"], **own})
 
@@ -45,5 +46,5 @@ async def steps_of(
     connection: AsyncConnection, run_id: UUID, *, after: int = -1, limit: int | None = None
 ) -> Sequence[Step]:
     """Steps of a run in order, those after `after`. Whose run it is, the caller has checked."""
-    result = await connection.execute(_STEPS, {"run_id": run_id, "after": after, "limit": limit})
-    return [_step_of(row) for row in result.mappings()]
+    rows = await fetch(connection, _STEPS, {"run_id": run_id, "after": after, "limit": limit})
+    return [_step_of(row) for row in rows]
