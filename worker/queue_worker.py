@@ -22,7 +22,7 @@ from redis.retry import Retry
 from rq import Queue, worker_registration
 from rq.command import parse_payload
 from rq.exceptions import DequeueTimeout, NoSuchJobError
-from rq.executions import Execution
+from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job
 from rq.registry import StartedJobRegistry
 from rq.suspension import is_suspended
@@ -104,7 +104,6 @@ class ConcurrentWorker(BaseWorker):
         self._books = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rq-books")
         self._next_heartbeat = 0.0
         self._next_execution_heartbeat = time.monotonic() + EXECUTION_HEARTBEAT_SECONDS
-        self.log_result_lifespan = False
 
     # -- what the process calls
 
@@ -200,16 +199,31 @@ class ConcurrentWorker(BaseWorker):
 
     def _close_books(self, job: Job, execution: Execution | None, future: "Future[bool]") -> None:
         error = future.exception()
-        if error is not None and execution is not None:
-            self._finalize_failure(job, self._queue, execution, (type(error), error, error.__traceback__))
-        elif execution is not None:
-            self._finalize_success(job, self._queue, execution, None)
-        else:
+        if execution is None:
             forget(self._queue, job.id)
+        elif error is not None:
+            self._finalize_failure(job, self._queue, execution, (type(error), error, error.__traceback__))
+        else:
+            self._remove(job, execution)
         if error is None and future.result():
             self._run_queue.enqueue_again(UUID(job.id))
         if not self._running:
             self.set_state(WorkerStatus.IDLE)
+
+    def _remove(self, job: Job, execution: Execution) -> None:
+        """The job is done: it leaves Redis, in one round trip.
+
+        RQ's own `_finalize_success` takes several, for dependents, repeats, callbacks and results, which our jobs do
+        not have.
+        """
+        with self.connection.pipeline() as pipeline:
+            self.increment_successful_job_count(pipeline)
+            assert job.started_at is not None
+            self.increment_total_working_time(_rq_now() - job.started_at, pipeline)
+            execution.delete(job, pipeline)
+            pipeline.delete(job.key, ExecutionRegistry(job.id, self.connection).key)
+            pipeline.execute()
+        self.executions.pop(execution.id, None)
 
     def _maintain_executions(self) -> None:
         for execution in list(self.executions.values()):
