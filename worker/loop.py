@@ -8,15 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
-from app.domain.agent import Agent
-from app.domain.canonical import storable
 from app.domain.review import ReviewRequest
 from app.domain.run import RunUsage, StopReason
 from app.domain.step import ModelStep, Step, ToolStep
 from worker.limits import exceeded
 from worker.llm.retry import Answer
+from worker.output import correction, read_output
 from worker.state import RunState
 from worker.tools.plan import PlannedCall, plan
 
@@ -86,7 +85,7 @@ async def run_loop(
     """Take steps until the run comes to rest."""
     while True:
         if state.answer is not None:
-            return Answered(_read_output(state.agent, state.answer.content))
+            return Answered(read_output(state.agent, state.answer.content))
         if (reason := exceeded(state)) is not None:
             return Stopped(reason)
         if draining():
@@ -129,7 +128,7 @@ def _model_step(state: RunState, answer: Answer) -> ModelStep:
         content=reply.content,
         tool_calls=reply.tool_calls,
         finish_reason=reply.finish_reason,
-        correction=None if reply.tool_calls else _correction(state.agent, reply.content, reply.finish_reason),
+        correction=None if reply.tool_calls else correction(state.agent, reply.content, reply.finish_reason),
         usage=reply.usage,
         cost_usd=price.of(reply.usage) if price else None,
         duration_ms=answer.duration_ms,
@@ -145,27 +144,3 @@ def _used_by(step: ModelStep) -> RunUsage:
         output_tokens=step.usage.output_tokens,
         cost_usd=step.cost_usd,
     )
-
-
-def _correction(agent: Agent, content: str | None, finish_reason: str) -> str | None:
-    """What to tell the model when its answer cannot be used; None when it can."""
-    if finish_reason == "length":
-        return "Your reply was cut off because it was too long. Answer again, shorter."
-    if not content or not content.strip():
-        return "Your reply was empty. Answer the task."
-    try:
-        _read_output(agent, content)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'answer'}: {problem['msg']}"
-            for problem in error.errors(include_url=False, include_input=False)
-        )
-        return f"Your answer does not fit the required JSON schema: {problems}. Answer again with JSON only."
-    return None
-
-
-def _read_output(agent: Agent, content: str | None) -> JsonValue:
-    """The answer as the API gives it. Raises `ValidationError` where it does not fit."""
-    if agent.output is None:
-        return content
-    return storable(agent.output.model_validate_json(content or "").model_dump(mode="json"))

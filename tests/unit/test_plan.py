@@ -156,6 +156,15 @@ def test_a_doubt_is_settled_by_what_the_person_says() -> None:
     assert "it did not" in (answered[0].result or "")
 
 
+def test_a_doubt_outlives_the_tool_that_caused_it() -> None:
+    gone = recorded("a_tool_of_the_last_version", {"amount": "5"}, Effect.ONCE, ToolState.INTENDED)
+    todo = plan(state_of(asked(("a_tool_of_the_last_version", {"amount": 5})), gone))
+    assert not todo.answered
+    assert [(question.kind, question.tool) for question in todo.questions] == [
+        (ReviewKind.IN_DOUBT, "a_tool_of_the_last_version")
+    ]
+
+
 def test_a_pending_review_settles_nothing() -> None:
     pending = replace(decided(ReviewKind.APPROVAL, Decision.APPROVE), status=ReviewStatus.PENDING)
     todo = plan(state_of(asked(("open_the_door", {})), reviews=[pending]))

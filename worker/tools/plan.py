@@ -70,6 +70,11 @@ def question(kind: ReviewKind, step: ToolStep) -> ReviewRequest:
 
 
 def _decide(state: RunState, open_call: OpenCall) -> PlannedCall | ToolStep | ReviewRequest:
+    review = state.reviews.get(open_call.seq)
+    decided = review if review and review.status is ReviewStatus.DECIDED else None
+    if open_call.step is not None and (settled := _settle_doubt(open_call.step, decided)) is not None:
+        return settled
+
     tool = state.agent.tools_by_name.get(open_call.call.name)
     if tool is None:
         known = ", ".join(state.agent.tools_by_name) or "none"
@@ -82,35 +87,36 @@ def _decide(state: RunState, open_call: OpenCall) -> PlannedCall | ToolStep | Re
         return _invalid(state, open_call, f"The arguments do not fit: {_explain(error)}")
 
     step = _step(state, open_call, storable(arguments.model_dump(mode="json")), tool.effect, ToolState.INTENDED)
-    call = PlannedCall(tool, arguments, step)
-    review = state.reviews.get(open_call.seq)
-    decided = review if review and review.status is ReviewStatus.DECIDED else None
-    if open_call.step is not None and tool.effect is Effect.ONCE:
-        return _resolve_doubt(open_call.step, decided, call)
     if decided is not None:
-        return _after_decision(decided, call)
-    return question(ReviewKind.APPROVAL, step) if tool.needs_approval(arguments) else call
+        return _after_decision(decided, tool, arguments, step)
+    return question(ReviewKind.APPROVAL, step) if tool.needs_approval(arguments) else PlannedCall(tool, arguments, step)
 
 
-def _resolve_doubt(
-    recorded: ToolStep, decided: Review | None, call: PlannedCall
-) -> PlannedCall | ToolStep | ReviewRequest:
-    """A ONCE call was begun before. Only a decision on that very doubt settles it; making it again begins a new one."""
-    asked_already = recorded.state is ToolState.IN_DOUBT
-    if asked_already and decided is not None and decided.kind is ReviewKind.IN_DOUBT:
-        return _after_decision(decided, call)
-    return question(ReviewKind.IN_DOUBT, call.step)
+def _settle_doubt(begun: ToolStep, decided: Review | None) -> ToolStep | ReviewRequest | None:
+    """A ONCE call was begun before: what follows without making it. None: it did not happen, so it may be made now.
+
+    Only a decision on this very doubt settles it; making the call again begins a new one. The tool itself is not asked:
+    it may have gone with a new version of the agent, what it did has not.
+    """
+    if begun.effect is not Effect.ONCE:
+        return None
+    if begun.state is not ToolState.IN_DOUBT or decided is None or decided.kind is not ReviewKind.IN_DOUBT:
+        return question(ReviewKind.IN_DOUBT, begun)
+    return None if decided.decision is Decision.APPROVE else _without_call(decided, begun)
 
 
-def _after_decision(review: Review, call: PlannedCall) -> PlannedCall | ToolStep:
-    match review.decision:
-        case Decision.APPROVE:
-            return call
-        case Decision.RESPOND:
-            return call.step.model_copy(update={"state": ToolState.SUCCEEDED, "result": review.response})
-        case _:
-            why = f"A person rejected this call: {review.reason or 'no reason given'}"
-            return call.step.model_copy(update={"state": ToolState.REJECTED, "result": why})
+def _after_decision(review: Review, tool: Tool, arguments: BaseModel, step: ToolStep) -> PlannedCall | ToolStep:
+    if review.decision is Decision.APPROVE:
+        return PlannedCall(tool, arguments, step)
+    return _without_call(review, step)
+
+
+def _without_call(review: Review, step: ToolStep) -> ToolStep:
+    """The result that the model is given in place of a call that is not made."""
+    if review.decision is Decision.RESPOND:
+        return step.model_copy(update={"state": ToolState.SUCCEEDED, "result": review.response})
+    why = f"A person rejected this call: {review.reason or 'no reason given'}"
+    return step.model_copy(update={"state": ToolState.REJECTED, "result": why})
 
 
 def _invalid(state: RunState, open_call: OpenCall, why: str) -> ToolStep:
