@@ -31,6 +31,9 @@ RUNS = 200
 SUBMITTERS = 10
 SLOTS = 30
 FULL = 100_000
+CRASH_RUNS = 20
+CRASH_SCENARIO = "bench:4:1"
+PARTS = ["start", "idle", "scenario", "full", "crash"]
 FORBIDDEN = ("openai", "langfuse", "opentelemetry")
 
 
@@ -47,9 +50,9 @@ class Table:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="times the throughput scenario is run; the median counts")
-    parser.add_argument("--only", choices=["start", "idle", "scenario", "full"], action="append", help="a part of it")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part of it")
     options = parser.parse_args()
-    parts = options.only or ["start", "idle", "scenario", "full"]
+    parts = options.only or PARTS
     table = Table()
     with a_stack() as (stack, reaper):
         key = make_key(stack.env)
@@ -61,6 +64,8 @@ def main() -> None:
             asyncio.run(measure_scenario(table, stack, key, options.rounds))
         if "full" in parts:
             asyncio.run(measure_full_table(table, stack, reaper))
+        if "crash" in parts:
+            asyncio.run(measure_crash(table, stack, key))
 
 
 @contextmanager
@@ -204,6 +209,25 @@ async def measure_full_table(table: Table, stack: Stack, reaper: Reaper) -> None
             "≤ + 20 %",
             f"{after / before - 1:+.0%}",
         )
+
+
+async def measure_crash(table: Table, stack: Stack, key: str) -> None:
+    """One of two workers is killed in the middle of 20 runs of 4 model calls of a second each, which it holds all."""
+    async with Client(stack.api.address, key) as client:
+        runs = [await client.submit("bench", CRASH_SCENARIO) for _ in range(CRASH_RUNS)]
+        await asyncio.sleep(2.5)
+        other = stack.another_worker("other")
+        try:
+            stack.worker.kill()
+            killed = time.perf_counter()
+            other.start()
+            ended = await asyncio.gather(*(client.wait(run["id"]) for run in runs))
+            took = time.perf_counter() - killed
+        finally:
+            other.stop()
+    if any(run["status"] != "succeeded" or run["usage"]["model_calls"] != 4 for run in ended):
+        raise RuntimeError(f"not all went on from where they were: {ended}")
+    table.row("crash: all done after the kill, s", f"{took:.1f}", "≤ 25", "33 to 38, one never")
 
 
 def fill(database_url: str) -> None:
