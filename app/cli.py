@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it did not work, 2 wrong usage or a wrong setting. Command
 import asyncio
 import os
 import re
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,7 @@ def api() -> None:
 
         import uvicorn
 
+        from app.api.protocol import ProblemProtocol
         from app.main import create_app
 
         config = uvicorn.Config(
@@ -93,7 +95,7 @@ def api() -> None:
             host=settings.api_host,
             port=settings.api_port,
             loop="uvloop",
-            http="httptools",
+            http=ProblemProtocol,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -101,7 +103,16 @@ def api() -> None:
             timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
         )
         config.load()
-    uvicorn.Server(config).run()
+    try:
+        listener = socket.create_server(
+            (settings.api_host, settings.api_port),
+            family=socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET,
+            backlog=config.backlog,
+        )
+    except OSError as error:
+        where = f"{settings.api_host}:{settings.api_port}"
+        raise ConfigurationError(f"API_HOST, API_PORT: cannot listen on {where}: {error.strerror}") from error
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 @cli.command()

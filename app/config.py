@@ -4,8 +4,10 @@ Each is also readable from a file of the same name (lower case) in `SECRETS_DIR`
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -27,6 +29,7 @@ class DatabaseSettings(BaseSettings):
     def _is_postgres(cls, value: SecretStr) -> SecretStr:
         if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql://")
+        _check_port(value)
         return value
 
 
@@ -65,6 +68,10 @@ class Settings(DatabaseSettings):
     def _is_redis(cls, value: SecretStr) -> SecretStr:
         if not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("must start with redis://, rediss:// or unix://")
+        _check_port(value)
+        url = urlsplit(value.get_secret_value())
+        if url.scheme != "unix" and not re.fullmatch(r"/?\d*", url.path):
+            raise ValueError("its path must be the number of a database, as in redis://localhost:6379/0")
         return value
 
     @field_validator("openai_base_url")
@@ -91,6 +98,13 @@ class Settings(DatabaseSettings):
         if self.openai_api_key is None:
             raise ConfigurationError("OPENAI_API_KEY is missing: the worker cannot ask a model without it")
         return self.openai_api_key
+
+
+def _check_port(url: SecretStr) -> None:
+    try:
+        _ = urlsplit(url.get_secret_value()).port
+    except ValueError:
+        raise ValueError("its port must be a number between 0 and 65535") from None
 
 
 S = TypeVar("S", bound=DatabaseSettings)

@@ -6,13 +6,15 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from uuid import UUID
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+
+from app.background import in_background
 
 RESTED = "agent-service:rested"
 CANCELLED = "agent-service:cancelled"
@@ -61,13 +63,8 @@ class Signals:
     @asynccontextmanager
     async def listening(self, channel: str, receive: Callable[[UUID], None]) -> AsyncIterator[None]:
         """Listen in the background for the length of the block."""
-        task = asyncio.create_task(self.listen(channel, receive), name=f"signals {channel}")
-        try:
+        async with in_background(self.listen(channel, receive)):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def aclose(self) -> None:
         await self._redis.aclose()

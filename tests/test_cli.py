@@ -1,6 +1,7 @@
 """The command line: what it prints where, and its exit codes."""
 
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 
 import app.cli
 from app import __version__
+from app.config import Settings
 from app.devstack.access import is_accepted
 from app.devstack.ports import free_port
 from tests.stack import clean_env
@@ -162,3 +164,23 @@ def test_a_key_that_makes_no_sense_is_not_made(options: tuple[str, ...]) -> None
     result = CliRunner().invoke(app.cli.cli, ["keys", "create", *options])
     assert result.exit_code == 2
     assert "Error: " in result.stderr
+
+
+def test_a_taken_port_is_one_line_that_names_it_and_an_end(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        env = clean_env(
+            DATABASE_URL=settings.database_url.get_secret_value(),
+            REDIS_URL=settings.redis_url.get_secret_value(),
+            API_PORT=str(port),
+            WORKER_HEALTH_PORT=str(port),
+            OPENAI_API_KEY="unused",
+        )
+        for command, variable in (("api", "API_PORT"), ("worker", "WORKER_HEALTH_PORT")):
+            result = subprocess.run(
+                [sys.executable, "-m", "app", command], env=env, capture_output=True, text=True, timeout=20, check=False
+            )
+            assert result.returncode == 2, result.stderr
+            [line] = [line for line in result.stderr.splitlines() if line.startswith("agent-service: ")]
+            assert variable in line
+            assert str(port) in line

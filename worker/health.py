@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from app.domain.errors import ConfigurationError
+
 
 @asynccontextmanager
 async def health_server(host: str, port: int, is_ready: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
@@ -26,7 +28,12 @@ async def health_server(host: str, port: int, is_ready: Callable[[], Awaitable[b
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigurationError(
+                f"API_HOST, WORKER_HEALTH_PORT: cannot listen on {host}:{port}: {error.strerror}"
+            ) from error
         yield
     finally:
         await runner.cleanup()

@@ -8,11 +8,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from random import Random
-from typing import Any
 from uuid import UUID
 
 import redis
@@ -22,6 +21,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.background import in_background, within
 from app.config import Settings, load_settings
 from app.db import runs
 from app.db.engine import ReadOnlyDatabase, make_engine
@@ -200,24 +200,17 @@ class Feeder:
             self._worker.stop()
 
 
-@asynccontextmanager
-async def in_background(work: Coroutine[Any, Any, object]) -> AsyncIterator["asyncio.Task[object]"]:
-    """Do something for the length of the block."""
-    task = asyncio.create_task(work)
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
 async def can_reach(engine: AsyncEngine, redis_url: str) -> bool:
     """Do Postgres and Redis answer?"""
-    try:
-        async with asyncio.timeout(2.0), engine.connect() as connection:
+
+    async def ask() -> None:
+        async with engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
-            async with redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=1.0) as client:
-                await client.ping()
+        async with redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=1.0) as client:
+            await client.ping()
+
+    try:
+        await within(2.0, ask())
     except (SQLAlchemyError, RedisError, TimeoutError):
         return False
     return True

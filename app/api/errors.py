@@ -20,11 +20,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.domain.errors import FieldError, InvalidRequest, NotFound, RequestError, Unavailable
+from app.domain.pointer import in_words
 
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 
 logger = logging.getLogger(__name__)
+
+
+class NotHttp(RequestError):
+    status = 400
+    problem = "bad-request"
+    title = "Bad request"
 
 
 class MethodNotAllowed(RequestError):
@@ -95,7 +102,7 @@ async def _invalid_parameter(request: Request, error: Exception) -> Response:
     problems = error.errors()
     if any(problem["loc"][0] == "path" for problem in problems):
         return problem_response(request, NotFound("there is nothing with this id"))
-    errors = tuple(FieldError("/".join(map(str, problem["loc"])), problem["msg"]) for problem in problems)
+    errors = tuple(FieldError("/".join(map(str, problem["loc"])), in_words(problem)) for problem in problems)
     return problem_response(request, InvalidRequest("a parameter is not valid", errors=errors))
 
 

@@ -10,6 +10,7 @@ from app import __version__
 from app.api import schemas
 from app.api.deps import Services, ServicesDep
 from app.api.openapi import problems_without_key
+from app.background import within
 from app.db.schema import current_revision
 from app.domain.errors import Unavailable
 
@@ -67,9 +68,12 @@ async def _look(services: Services) -> schemas.Health:
 
 
 async def _postgres_and_schema(services: Services) -> tuple[schemas.Part, schemas.Part]:
+    async def ask() -> str | None:
+        async with services.engine.connect() as connection:
+            return await current_revision(connection)
+
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS), services.engine.connect() as connection:
-            revision = await current_revision(connection)
+        revision = await within(_PATIENCE_SECONDS, ask())
     except (SQLAlchemyError, TimeoutError):
         return schemas.Part(status="away"), schemas.Part(status="away")
     known = services.newest_revision
@@ -81,8 +85,7 @@ async def _postgres_and_schema(services: Services) -> tuple[schemas.Part, schema
 
 async def _redis(services: Services) -> schemas.Part:
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            reachable = await services.signals.is_reachable()
+        reachable = await within(_PATIENCE_SECONDS, services.signals.is_reachable())
     except TimeoutError:
         reachable = False
     return schemas.Part(status="ok") if reachable else schemas.Part(status="away", detail="runs start late")

@@ -6,7 +6,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.api import schemas
 from app.api.body import JsonBody
@@ -39,6 +39,17 @@ IdempotencyKey = Annotated[
 class RunQuery(PageById):
     status: RunStatus | None = Field(None, description="Only runs in this state.")
     agent: str | None = Field(None, pattern="^[a-z][a-z0-9_-]{0,63}$", description="Only runs of this agent.")
+
+
+class WaitQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    wait: float = Field(
+        0,
+        ge=0,
+        le=MAX_WAIT_SECONDS,
+        description="Seconds to hold the answer until the run has ended or waits for a person.",
+    )
 
 
 @router.post(
@@ -103,17 +114,10 @@ async def get_run(
     caller: RunReader,
     services: ServicesDep,
     run_id: RunId,
-    wait: Annotated[
-        float,
-        Query(
-            ge=0,
-            le=MAX_WAIT_SECONDS,
-            description="Seconds to hold the answer until the run has ended or waits for a person.",
-        ),
-    ] = 0,
+    query: Annotated[WaitQuery, Query()],
 ) -> schemas.Run:
-    if wait:
-        run = await _when_at_rest(request, services, run_id, caller.tenant, seconds=wait)
+    if query.wait:
+        run = await _when_at_rest(request, services, run_id, caller.tenant, seconds=query.wait)
     else:
         run = await _find(services, run_id, caller.tenant)
     return schemas.Run.of(run)

@@ -86,6 +86,8 @@ def _reload(stack: Stack, changed: list[Path]) -> None:
     except ProcessFailed as error:
         stack.stop_service()
         print(f"{error}\n\nWaiting for the next change.", flush=True)
+    else:
+        print("Ready.", flush=True)
 
 
 def _welcome(stack: Stack) -> str:

@@ -24,9 +24,22 @@ def pointer(path: Sequence[str | int], under: str = "#") -> str:
 def field_errors(problems: Sequence[Any], under: str = "#") -> tuple[FieldError, ...]:
     """What pydantic found (`ValidationError.errors()`), each at its place."""
     return tuple(
-        FieldError(pointer([part for part in problem["loc"] if part != "[key]"], under), problem["msg"])
+        FieldError(pointer([part for part in problem["loc"] if part != "[key]"], under), in_words(problem))
         for problem in problems[:MAX_ERRORS]
     )
+
+
+def in_words(problem: Any) -> str:
+    """What pydantic found, for somebody who knows neither pydantic nor our classes."""
+    match problem["type"]:
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "must be an object"
+        case "string_pattern_mismatch" if str(problem["msg"]).endswith(r"'\S'"):
+            return "must hold some text"
+        case "value_error":
+            return str(problem["msg"]).removeprefix("Value error, ")
+        case _:
+            return str(problem["msg"])
 
 
 def unstorable(value: JsonValue, under: str = "#") -> Iterator[FieldError]:

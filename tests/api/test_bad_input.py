@@ -555,3 +555,30 @@ def test_a_wrong_environment_variable_stops_the_start_with_one_line_that_names_i
     assert len(ended.stderr.splitlines()) == 1
     assert said in ended.stderr
     assert "hunter2" not in ended.stderr
+
+
+def test_what_is_not_http_is_answered_with_a_problem(stack: Stack) -> None:
+    with socket.create_connection(("127.0.0.1", stack.api.port), timeout=5) as connection:
+        connection.sendall(b"NONSENSE\x01 / HTTP/1.1\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/problem+json" in head
+    assert json.loads(body)["type"] == "urn:agent-service:problem:bad-request"
+
+
+def test_an_unknown_parameter_of_a_poll_is_named(client: httpx.Client) -> None:
+    response = client.get(f"/v1/runs/{uuid4()}", params={"waits": 30})
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["pointer"] == "query/waits"
+
+
+def test_what_is_wrong_is_said_without_names_of_ours(client: httpx.Client) -> None:
+    cases = [
+        ({"agent": "toolbox", "input": "x", "limits": None}, "#/limits", "must be an object"),
+        ({"agent": "toolbox", "input": "  "}, "#/input", "must hold some text"),
+    ]
+    for body, pointer, detail in cases:
+        [error] = client.post("/v1/runs", json=body).json()["errors"]
+        assert error == {"pointer": pointer, "detail": detail}
+    [error] = client.get("/v1/runs", params={"cursor": "abc"}).json()["errors"]
+    assert error["detail"] == "is not a cursor of this list"

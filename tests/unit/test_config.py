@@ -122,3 +122,21 @@ def _default(name: str) -> str:
     if default is None or default is PydanticUndefined:
         return ""
     return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("DATABASE_URL", "postgresql://u:hunter2@localhost:notaport/x"),
+        ("DATABASE_URL", "postgresql://u:hunter2@localhost:99999/x"),
+        ("REDIS_URL", "redis://:hunter2@localhost:notaport/0"),
+        ("REDIS_URL", "redis://:hunter2@localhost:6379/abc"),
+    ],
+)
+def test_a_malformed_address_is_named_and_not_shown(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://localhost/x")
+    monkeypatch.setenv("REDIS_URL", "redis://localhost/0")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=f"^{variable} is malformed: ") as caught:
+        load_settings()
+    assert "hunter2" not in str(caught.value)
