@@ -92,7 +92,7 @@ class RunQueue:
     def run_ids(self) -> set[UUID]:
         """All runs that Redis has queued. Raises `QueueUnavailable`."""
         try:
-            return {UUID(job_id) for job_id in self._queue.get_job_ids()}
+            return {run_id for job_id in self._queue.get_job_ids() if (run_id := run_id_of(job_id)) is not None}
         except RedisError as error:
             raise QueueUnavailable(str(error)) from error
 
@@ -114,6 +114,14 @@ class RunQueue:
 
     def close(self) -> None:
         self._redis.close()
+
+
+def run_id_of(job_id: str) -> UUID | None:
+    """The run of a job, or None: somebody put something else into our queue."""
+    try:
+        return UUID(job_id)
+    except ValueError:
+        return None
 
 
 def forget(queue: Queue, job_id: str) -> None:

@@ -54,8 +54,8 @@ class Signals:
                     await pubsub.subscribe(channel)
                     while True:
                         message = await pubsub.get_message(timeout=4.0)
-                        if message is not None:
-                            receive(UUID(message["data"].decode()))
+                        if message is not None and (run_id := _run_id(message["data"])) is not None:
+                            receive(run_id)
             except (RedisError, OSError) as error:
                 logger.warning("signals away: %s", error, extra={"fields": {"channel": channel}})
                 await asyncio.sleep(_RECONNECT_SECONDS)
@@ -68,3 +68,10 @@ class Signals:
 
     async def aclose(self) -> None:
         await self._redis.aclose()
+
+
+def _run_id(data: bytes) -> UUID | None:
+    try:
+        return UUID(data.decode())
+    except ValueError:  # not from us
+        return None

@@ -12,7 +12,7 @@ from random import Random
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -20,7 +20,7 @@ from app.db import leases, reviews, steps
 from app.domain.agent import Agent
 from app.domain.canonical import digest
 from app.domain.errors import LeaseLost, ModelError
-from app.domain.run import Claim, StopReason
+from app.domain.run import Claim, Priority, StopReason
 from app.logging import bind
 from app.prices import PriceTable
 from app.registry import models_of
@@ -95,8 +95,8 @@ class Executor:
         self._image_digest = image_digest
         self._draining = False
 
-    async def execute(self, run_id: UUID) -> bool:
-        """Take a run as far as it goes. True: it was handed back, and has to be enqueued again.
+    async def execute(self, run_id: UUID) -> Priority | None:
+        """Take a run as far as it goes. A priority: it was handed back, and has to be enqueued again with that.
 
         Never raises for what a run does. When Postgres is away the run is left as it is: its lease expires, and it
         goes on from its last recorded step.
@@ -108,7 +108,7 @@ class Executor:
                 logger.info("run is not ours any more")
             except (DBAPIError, PoolTimeout) as error:
                 logger.warning("Postgres failed; the run is left to its lease", extra={"fields": {"error": str(error)}})
-            return False
+            return None
 
     async def drain(self, seconds: float) -> None:
         """Take every run to its next commit and hand it back; what takes longer than `seconds` is cut off."""
@@ -124,9 +124,9 @@ class Executor:
         if unfinished:
             await asyncio.wait(unfinished, timeout=seconds)
 
-    async def _execute(self, run_id: UUID) -> bool:
+    async def _execute(self, run_id: UUID) -> Priority | None:
         if self._draining:
-            return True
+            return Priority.NORMAL  # not looked at: it was never claimed here
         async with self._engine.connect() as connection:
             claim = await leases.claim(
                 connection,
@@ -136,7 +136,8 @@ class Executor:
                 image_digest=self._image_digest,
             )
         if claim is None:
-            return False
+            return None
+        self._leases.drop(run_id)  # an earlier claim of ours that was taken over meanwhile, by ourselves
         task = asyncio.current_task()
         assert task is not None
         held = self._leases.held[run_id] = Held(claim, task)
@@ -150,9 +151,10 @@ class Executor:
                 raise LeaseLost from None
             outcome, error = HandedBack(), None
         finally:
-            del self._leases.held[run_id]
+            if self._leases.held.get(run_id) is held:
+                del self._leases.held[run_id]
         await self._settle(claim, outcome, error)
-        return isinstance(outcome, HandedBack)
+        return claim.run.priority if isinstance(outcome, HandedBack) else None
 
     async def _run(self, claim: Claim) -> tuple[Outcome, str | None]:
         """The loop, and what its errors mean: the outcome and, for the caller of the API, a reference to the cause."""
@@ -177,7 +179,7 @@ class Executor:
         except ModelError as error:
             logger.warning("model error", extra={"fields": {"error": str(error)}})
             return Stopped(StopReason.MODEL_ERROR), "The model gave no usable reply."
-        except (LeaseLost, SQLAlchemyError):
+        except (LeaseLost, OperationalError, InterfaceError, PoolTimeout):
             raise
         except Exception:
             # A bug of ours or of the agent's code. The traceback is for the log; the caller gets the run's id.

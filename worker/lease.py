@@ -9,6 +9,7 @@ from uuid import UUID
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.background import within
 from app.db import leases
 from app.domain.run import Claim
 
@@ -52,8 +53,8 @@ class Leases:
         while True:
             await asyncio.sleep(self.lease_seconds / 4)
             try:
-                await self.extend()
-            except SQLAlchemyError as error:
+                await within(self.lease_seconds / 4, self.extend())
+            except (SQLAlchemyError, TimeoutError) as error:
                 # Postgres away: nobody can take the runs over either. If they are, fencing keeps us from writing.
                 logger.warning("heartbeat failed", extra={"fields": {"error": str(error)}})
 

@@ -10,14 +10,14 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from app.domain.review import ReviewRequest
+from app.domain.review import ReviewKind, ReviewRequest
 from app.domain.run import RunUsage, StopReason
-from app.domain.step import ModelStep, Step, ToolStep
+from app.domain.step import ModelStep, Step, ToolState, ToolStep
 from worker.limits import exceeded
 from worker.llm.retry import Answer
 from worker.output import correction, read_output
 from worker.state import RunState
-from worker.tools.plan import PlannedCall, plan
+from worker.tools.plan import PlannedCall, plan, question
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,8 @@ class Asker(Protocol):
 class Caller(Protocol):
     """Makes tool calls."""
 
-    async def make(
-        self, state: RunState, calls: Sequence[PlannedCall]
-    ) -> tuple[Sequence[ToolStep], Sequence[ReviewRequest]]:
-        """The results, and a question for each call whose outcome cannot be known."""
+    async def make(self, state: RunState, calls: Sequence[PlannedCall], results: list[ToolStep]) -> None:
+        """Add the result of each call as it comes."""
         ...
 
 
@@ -112,9 +110,13 @@ async def take_step(state: RunState, *, journal: Journal, asker: Asker, caller: 
     todo = plan(state)
     if todo.intents:
         await record(todo.intents)
-    results, doubts = await caller.make(state, todo.calls)
-    if results or todo.answered:
-        await record([*todo.answered, *results])
+    results = list(todo.answered)
+    try:
+        await caller.make(state, todo.calls, results)
+    finally:  # also when this is interrupted: what is known to have happened is not left in doubt
+        if results:
+            await record(results)
+    doubts = [question(ReviewKind.IN_DOUBT, step) for step in results if step.state is ToolState.IN_DOUBT]
     return [*todo.questions, *doubts]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from random import Random
+from typing import Any
 from uuid import UUID
 
 import redis
@@ -53,13 +54,21 @@ LOOP_SILENCE_SECONDS = 10.0
 
 def main() -> None:
     """Entry point of the process: exit code 0 after a drain, 2 for a wrong setting, 1 when the worker broke."""
+    code = 0
     try:
         settings = load_settings()
         configure_logging(settings.log_level)
         uvloop.run(run_worker(settings))
     except ConfigurationError as error:
         print(f"agent-service: {error}", file=sys.stderr)  # noqa: T201 - logging may not be configured yet
-        sys.exit(2)
+        code = 2
+    except Exception:
+        logger.exception("worker broke")
+        code = 1
+    logging.shutdown()
+    sys.stderr.flush()
+    # Not `sys.exit`: that waits for threads, and a tool's may run on for long, a frozen Redis' for ever.
+    os._exit(code)
 
 
 async def run_worker(settings: Settings) -> None:
@@ -144,14 +153,16 @@ async def run_worker(settings: Settings) -> None:
             )
 
         feeder = Feeder(make_queue_worker)
-        feeding = asyncio.create_task(asyncio.to_thread(feeder.feed), name="feeder")
+        stack.callback(feeder.stop)
+        feeding = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="feeder"), feeder.feed)
         logger.info("worker started", extra={"fields": {"worker": name, "slots": settings.worker_concurrency}})
         stopping = await stack.enter_async_context(in_background(stop.wait()))
-        await asyncio.wait([feeding, stopping, *vital], return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [feeding, stopping, *vital]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stop.set()
         feeder.stop()
         await executor.drain(max(0.5, settings.drain_seconds - DRAIN_MARGIN_SECONDS))
-        await feeding
+        await asyncio.wait([feeding], timeout=DRAIN_MARGIN_SECONDS)
         for task in vital:
             if task.done():
                 task.result()  # none of them ends but by an error, which ends this process

@@ -30,7 +30,9 @@ from rq.timeouts import BaseDeathPenalty
 from rq.utils import now as _rq_now
 from rq.worker import BaseWorker, WorkerStatus
 
-from app.queue import QUEUE_NAME, SERIALIZER, RunQueue, forget, job_of
+from app.domain.errors import QueueUnavailable
+from app.domain.run import Priority
+from app.queue import QUEUE_NAME, SERIALIZER, RunQueue, forget, job_of, run_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def _connect(redis_url: str, **options: Any) -> Redis:
 class ConcurrentWorker(BaseWorker):
     """Feeds the event loop with runs.
 
-    `slots`: runs at a time. `execute`: takes a run as far as it goes; True means that it has to be enqueued again.
+    `slots`: runs at a time. `execute`: takes a run as far as it goes; a priority means: enqueue it again, with that.
     `cancel`: stops a run for good. `loop_is_alive`: whether the loop gave a sign of life lately.
     """
 
@@ -78,7 +80,7 @@ class ConcurrentWorker(BaseWorker):
         redis_url: str,
         slots: int,
         loop: asyncio.AbstractEventLoop,
-        execute: Callable[[UUID], Coroutine[Any, Any, bool]],
+        execute: Callable[[UUID], Coroutine[Any, Any, Priority | None]],
         cancel: Callable[[UUID], Coroutine[Any, Any, None]],
         loop_is_alive: Callable[[], bool],
     ) -> None:
@@ -100,7 +102,8 @@ class ConcurrentWorker(BaseWorker):
         self._cancel = cancel
         self._loop_is_alive = loop_is_alive
         self._slots = threading.Semaphore(slots)
-        self._running: dict[str, Future[bool]] = {}
+        self._running: dict[Future[Priority | None], str] = {}
+        """The runs in execution, by their futures: Redis may hold an id twice."""
         self._books = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rq-books")
         self._next_heartbeat = 0.0
         self._next_execution_heartbeat = time.monotonic() + EXECUTION_HEARTBEAT_SECONDS
@@ -143,7 +146,11 @@ class ConcurrentWorker(BaseWorker):
             self._dequeue_connection.connection_pool.disconnect()
             time.sleep(RECONNECT_SECONDS)
             return None
-        job_id = popped[1].decode()
+        job_id = popped[1].decode(errors="replace")
+        if run_id_of(job_id) is None:
+            logger.warning("not a run", extra={"fields": {"job_id": job_id}})
+            self._queue.intermediate_queue.remove(job_id)
+            return None
         try:
             return Job.fetch(job_id, connection=self.connection, serializer=SERIALIZER)
         except (NoSuchJobError, RedisError):
@@ -153,14 +160,16 @@ class ConcurrentWorker(BaseWorker):
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Schedule the run and return. Its slot is free again when it has come to rest."""
         future = asyncio.run_coroutine_threadsafe(self._execute(UUID(job.id)), self._loop)
-        self._running[job.id] = future
+        self._running[future] = job.id
         begun = self._books.submit(self._begin, job)
         future.add_done_callback(lambda _: self._rested(job, begun, future))
 
-    def _rested(self, job: Job, begun: "Future[Execution | None]", future: "Future[bool]") -> None:
-        self._books.submit(self._end, job, begun, future)
-        self._running.pop(job.id)  # after that, `teardown` may end the bookkeeping
-        self._slots.release()
+    def _rested(self, job: Job, begun: "Future[Execution | None]", future: "Future[Priority | None]") -> None:
+        try:
+            self._books.submit(self._end, job, begun, future)
+        finally:
+            del self._running[future]  # after that, `teardown` may end the bookkeeping
+            self._slots.release()
 
     def teardown(self) -> None:
         """Wait for the runs in execution, finish their bookkeeping, and take leave."""
@@ -184,12 +193,12 @@ class ConcurrentWorker(BaseWorker):
             return None
         return execution
 
-    def _end(self, job: Job, begun: "Future[Execution | None]", future: "Future[bool]") -> None:
+    def _end(self, job: Job, begun: "Future[Execution | None]", future: "Future[Priority | None]") -> None:
         """Write to RQ what became of the job, as often as it takes: RQ must not call failed what succeeded."""
         while True:
             try:
                 self._close_books(job, begun.result(), future)
-            except RedisError as error:
+            except (RedisError, QueueUnavailable) as error:
                 logger.warning("RQ bookkeeping failed", extra={"fields": {"run_id": job.id, "error": str(error)}})
                 if self._stop_requested:
                     return
@@ -197,7 +206,7 @@ class ConcurrentWorker(BaseWorker):
             else:
                 return
 
-    def _close_books(self, job: Job, execution: Execution | None, future: "Future[bool]") -> None:
+    def _close_books(self, job: Job, execution: Execution | None, future: "Future[Priority | None]") -> None:
         error = future.exception()
         if execution is None:
             forget(self._queue, job.id)
@@ -205,8 +214,8 @@ class ConcurrentWorker(BaseWorker):
             self._finalize_failure(job, self._queue, execution, (type(error), error, error.__traceback__))
         else:
             self._remove(job, execution)
-        if error is None and future.result():
-            self._run_queue.enqueue_again(UUID(job.id))
+        if error is None and (priority := future.result()) is not None:
+            self._run_queue.enqueue_again(UUID(job.id), priority)
         if not self._running:
             self.set_state(WorkerStatus.IDLE)
 
@@ -300,7 +309,7 @@ class ConcurrentWorker(BaseWorker):
                 first_seen_now = self._queue.intermediate_queue.set_first_seen(job_id)
                 if not first_seen_now and self._queue.intermediate_queue.should_be_cleaned_up(job_id):
                     abandoned.add(job_id)
-            for job_id in abandoned - self._running.keys():
+            for job_id in abandoned - set(self._running.values()):
                 forget(self._queue, job_id)
         except RedisError as error:
             logger.warning("RQ maintenance failed", extra={"fields": {"error": str(error)}})
@@ -311,7 +320,7 @@ class ConcurrentWorker(BaseWorker):
         payload = parse_payload(message)
         job_id = payload.get("job_id")
         if payload["command"] in ("stop-job", "stop-execution"):
-            if job_id in self._running:
+            if job_id in self._running.values():
                 asyncio.run_coroutine_threadsafe(self._cancel(UUID(job_id)), self._loop)
             return
         super().handle_payload(message)  # type: ignore[no-untyped-call]

@@ -26,6 +26,8 @@ SWEEP_SECONDS = 2.0
 COMPARE_SECONDS = 30.0
 """How often the queued runs are compared with Redis one by one, also when their numbers give no reason to."""
 BATCH = 500
+REFILL = 2_000
+"""How many runs a sweep puts back into an emptied Redis, so that the next sweep can rescue leases in between."""
 
 
 class Sweeper:
@@ -77,7 +79,7 @@ class Sweeper:
             known = await asyncio.to_thread(self._queue.run_ids)
             async with self._engine.connect() as connection:
                 queued = await sweep.queued(connection)
-            await self._enqueue([entry for entry in queued if entry[0] not in known])
+            await self._enqueue([entry for entry in queued if entry[0] not in known][:REFILL])
 
     async def _enqueue(self, runs: Sequence[tuple[UUID, Priority]]) -> None:
         if not runs:

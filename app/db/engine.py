@@ -31,7 +31,13 @@ def make_engine(
         pool_use_lifo=True,
         skip_autocommit_rollback=True,  # a statement of its own leaves nothing to roll back
         hide_parameters=True,  # what customers wrote stays out of error messages, and so out of logs
-        connect_args={"application_name": application_name, "connect_timeout": 5},
+        connect_args={
+            "application_name": application_name,
+            "connect_timeout": 5,
+            # Seconds and milliseconds: a host that vanished without a word is noticed.
+            "keepalives_idle": 10,
+            "tcp_user_timeout": 10_000,
+        },
     )
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
     return engine

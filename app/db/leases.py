@@ -71,15 +71,26 @@ async def claim(
 
 
 _EXTEND = text("""
-    UPDATE runs SET lease_until = now() + make_interval(secs => :lease_seconds)
-    FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS held (run_id, token)
-    WHERE id = held.run_id AND lease_token = held.token AND status = 'running'
-    RETURNING id
+    WITH held AS (
+        SELECT run_id AS id, token FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS uuid[])) AS held (run_id, token)
+    ), ours AS (
+        SELECT id FROM runs JOIN held USING (id) WHERE lease_token = held.token AND status = 'running'
+    ), free AS (
+        SELECT id FROM runs JOIN ours USING (id) FOR UPDATE OF runs SKIP LOCKED
+    ), extended AS (
+        UPDATE runs SET lease_until = now() + make_interval(secs => :lease_seconds)
+        FROM free JOIN held USING (id)
+        WHERE runs.id = free.id AND lease_token = held.token AND status = 'running'
+    )
+    SELECT id FROM ours
 """)
 
 
 async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_seconds: float) -> set[UUID]:
-    """Heartbeat of all runs of a process (run id → token) in one statement. Returns those that are still held."""
+    """Heartbeat of all runs of a process (run id → token) in one statement. Returns those that are still held.
+
+    A run whose row somebody has locked is left out this time, so that it does not hold up the others.
+    """
     parameters = {"ids": list(held), "tokens": list(held.values()), "lease_seconds": lease_seconds}
     return {row["id"] for row in await fetch(connection, _EXTEND, parameters)}
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import time
 from decimal import Decimal
 
@@ -63,6 +64,13 @@ async def charge(ctx: ToolContext, amount: Decimal) -> str:
 
 
 @tool(effect=Effect.ONCE)
+async def charge_slowly(amount: Decimal) -> str:
+    """Charge the customer, in a while."""
+    await asyncio.sleep(20)
+    return f"charged {amount}"
+
+
+@tool(effect=Effect.ONCE)
 async def charge_and_crash(amount: Decimal) -> str:
     """Charge the customer and fail before it is known whether it worked."""
     raise RuntimeError("the line went dead")
@@ -105,6 +113,24 @@ def kill_the_worker() -> str:
     return "never"
 
 
+@tool
+def leave() -> str:
+    """End the program, as a command-line parser does."""
+    sys.exit(2)
+
+
+@tool
+async def cancel_itself() -> str:
+    """Raise what only the event loop should."""
+    raise asyncio.CancelledError
+
+
+@tool
+async def bytes_and_worse() -> dict[str, object]:
+    """Give back what JSON has no form for."""
+    return {"bytes": b"\xff", "surrogate": "\ud800", "nan": float("nan")}
+
+
 toolbox = Agent(
     name="toolbox",
     instructions="You have every tool.",
@@ -116,12 +142,16 @@ toolbox = Agent(
         dawdle,
         rest,
         charge,
+        charge_slowly,
         charge_and_crash,
         tag,
         open_the_door,
         pay,
         who_am_i,
         odd_text,
+        leave,
+        cancel_itself,
+        bytes_and_worse,
         kill_the_worker,
     ),
 )

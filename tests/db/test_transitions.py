@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db import audit, leases, reviews, runs, steps
-from app.db.engine import make_engine
+from app.db.engine import make_engine, transactional
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.errors import LeaseLost
@@ -226,6 +226,24 @@ def test_an_expired_lease_is_rescued_until_the_attempts_are_used_up(database_url
         assert run is not None
         assert (run.status, run.stop_reason, run.attempt) == (RunStatus.FAILED, StopReason.MAX_ATTEMPTS, 2)
         assert await status_of(db, kept) is RunStatus.RUNNING
+
+    play(database_url, scenario)
+
+
+def test_a_row_that_somebody_holds_is_neither_rescued_nor_waited_for(database_url: str) -> None:
+    async def scenario(db: AsyncConnection) -> None:
+        held = await claimed(db, lease_seconds=0)
+        engine = make_engine(database_url, pool_size=1, application_name="other")
+        try:
+            async with transactional(engine).begin() as other:
+                await reviews.lock_run(other, held.run.id)
+                assert await asyncio.wait_for(leases.rescue_expired(db, limit=10), 2) == ([], [])
+                still = await asyncio.wait_for(leases.extend(db, {held.run.id: held.token}, lease_seconds=0), 2)
+                assert still == {held.run.id}
+            requeued, _ = await leases.rescue_expired(db, limit=10)
+            assert [run_id for run_id, _ in requeued] == [held.run.id]
+        finally:
+            await engine.dispose()
 
     play(database_url, scenario)
 

@@ -5,8 +5,11 @@ import time
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
+import redis
 
+from app.devstack.access import make_key
 from tests.scripts import DONE, Run, Script, audit_of, call, calls, rest, say, steps_of, submit
 from tests.stack import Stack
 
@@ -59,7 +62,12 @@ def test_a_tool_that_says_no_is_heard_by_the_model(stack: Stack, client: httpx.C
 
 @pytest.mark.parametrize(
     ("wanted", "told"),
-    [(call("crash"), "The tool failed unexpectedly."), (call("dawdle", {"seconds": 9}), "The tool took too long.")],
+    [
+        (call("crash"), "The tool failed unexpectedly."),
+        (call("leave"), "The tool failed unexpectedly."),
+        (call("cancel_itself"), "The tool failed unexpectedly."),
+        (call("dawdle", {"seconds": 9}), "The tool took too long."),
+    ],
 )
 def test_a_tool_that_breaks_tells_the_model_that_much_and_no_more(
     stack: Stack, client: httpx.Client, wanted: dict[str, Any], told: str
@@ -68,6 +76,12 @@ def test_a_tool_that_breaks_tells_the_model_that_much_and_no_more(
     assert run["status"] == "succeeded"
     assert results_seen_by_the_model(script) == [told]
     assert "a secret of the tool" not in json.dumps(steps_of(client, run))
+
+
+def test_a_result_without_a_json_form_gets_one(stack: Stack, client: httpx.Client) -> None:
+    run, script = play(stack, client, [call("bytes_and_worse"), DONE])
+    assert run["status"] == "succeeded"
+    assert json.loads(results_seen_by_the_model(script)[0]) == {"bytes": "_w==", "surrogate": "\ufffd", "nan": None}
 
 
 def test_an_unsafe_call_is_audited_before_and_after(stack: Stack, client: httpx.Client) -> None:
@@ -178,7 +192,7 @@ def test_a_model_without_a_price_costs_null(stack: Stack, client: httpx.Client) 
 
 
 def test_a_cancel_abandons_a_tool_and_leaves_its_call_in_doubt(stack: Stack, client: httpx.Client) -> None:
-    script = Script(stack.model_url, [calls(("rest", {"seconds": 20}), ("charge", {"amount": 1})), DONE])
+    script = Script(stack.model_url, [call("charge_slowly", {"amount": 1}), DONE])
     run = submit(client, "toolbox", script.input)
     stack.until(lambda: "tool.intended" in audit_of(client, run))
     client.post(f"/v1/runs/{run['id']}/cancel")
@@ -193,6 +207,32 @@ def test_a_waiting_run_can_be_cancelled_and_its_review_is_void(stack: Stack, cli
     assert client.post(f"/v1/runs/{run['id']}/cancel").json()["status"] == "cancelled"
     assert review_of(client, run)["status"] == "void"
     assert decide(client, run, "approve").status_code == 409
+
+
+def test_a_cancel_does_not_reach_another_tenants_run(stack: Stack, client: httpx.Client) -> None:
+    script = Script(stack.model_url, [say("slow", delay_s=1)])
+    run = submit(client, "toolbox", script.input)
+    stack.until(script.requests)
+    key = make_key(stack.database_url, tenant="somebody-else", name="test")
+    foreign = httpx.post(f"{stack.api.address}/v1/runs/{run['id']}/cancel", headers={"Authorization": f"Bearer {key}"})
+    assert foreign.status_code == 404
+    assert rest(client, run)["status"] == "succeeded"
+
+
+def test_a_cancelled_run_is_dropped_by_its_worker_at_once(stack: Stack, client: httpx.Client) -> None:
+    """The slot is free again long before a heartbeat would notice."""
+    slow = stack.another_worker("one-slot", WORKER_CONCURRENCY="1", LEASE_SECONDS="60")
+    stack.worker.stop()
+    slow.start()
+    try:
+        script = Script(stack.model_url, [say("late", delay_s=30)])
+        run = submit(client, "toolbox", script.input)
+        stack.until(script.requests)
+        client.post(f"/v1/runs/{run['id']}/cancel")
+        following = submit(client, "toolbox", Script(stack.model_url, [DONE]).input)
+        assert rest(client, following, seconds=5)["status"] == "succeeded"
+    finally:
+        slow.stop()
 
 
 # -- people
@@ -267,6 +307,70 @@ def test_a_worker_that_is_told_to_stop_hands_its_runs_to_another(stack: Stack, c
     ended = rest(client, run)
     assert ended["status"] == "succeeded"
     assert [step["seq"] for step in steps_of(client, run)] == list(range(len(steps_of(client, run))))
+
+
+def test_a_long_call_keeps_its_lease(stack: Stack, client: httpx.Client) -> None:
+    """Longer than the lease of 3 seconds: the heartbeat extends it."""
+    script = Script(stack.model_url, [say("at last", delay_s=6)])
+    run = rest(client, submit(client, "toolbox", script.input))
+    assert (run["output"], run["attempt"]) == ("at last", 1)
+    assert len(script.requests()) == 1
+
+
+def test_a_locked_row_does_not_cost_its_neighbours_their_leases(stack: Stack, client: httpx.Client) -> None:
+    scripts = [Script(stack.model_url, [say("at last", delay_s=7)]) for _ in range(2)]
+    locked, neighbour = (submit(client, "toolbox", script.input) for script in scripts)
+    for script in scripts:
+        stack.until(script.requests)
+    with psycopg.connect(stack.database_url) as connection:
+        connection.execute("SELECT FROM runs WHERE id = %s FOR UPDATE", [locked["id"]])
+        time.sleep(5)
+    assert rest(client, neighbour)["attempt"] == 1
+    assert rest(client, locked)["status"] == "succeeded"
+
+
+def test_a_run_that_was_taken_away_is_abandoned_within_a_heartbeat(stack: Stack, client: httpx.Client) -> None:
+    script = Script(stack.model_url, [say("from the first", delay_s=20), say("from the second")])
+    run = submit(client, "toolbox", script.input)
+    stack.until(script.requests)
+    with psycopg.connect(stack.database_url, autocommit=True) as connection:
+        connection.execute(
+            "UPDATE runs SET lease_token = gen_random_uuid(), lease_until = now() WHERE id = %s", [run["id"]]
+        )
+    ended = rest(client, run)
+    assert (ended["output"], ended["attempt"]) == ("from the second", 2)
+
+
+def test_an_id_that_redis_holds_twice_costs_no_slot(stack: Stack, client: httpx.Client) -> None:
+    few = stack.another_worker("two-slots", WORKER_CONCURRENCY="2")
+    stack.worker.stop()
+    few.start()
+    try:
+        for _ in range(3):
+            script = Script(stack.model_url, [say("slow", delay_s=1)])
+            run = submit(client, "toolbox", script.input)
+            stack.until(script.requests)
+            with redis.Redis.from_url(stack.redis_url) as connection:
+                connection.rpush("rq:queue:runs", run["id"], "not a run")
+            assert rest(client, run)["status"] == "succeeded"
+        both = [submit(client, "toolbox", Script(stack.model_url, [say("slow", delay_s=2)]).input) for _ in range(2)]
+        began = time.monotonic()
+        assert {rest(client, run)["status"] for run in both} == {"succeeded"}
+        assert time.monotonic() - began < 3.5
+    finally:
+        few.stop()
+
+
+def test_a_finished_effect_is_known_after_a_drain(stack: Stack, client: httpx.Client) -> None:
+    script = Script(stack.model_url, [calls(("rest", {"seconds": 20}), ("charge", {"amount": 5})), DONE])
+    run = submit(client, "toolbox", script.input, limits={"deadline_s": 25})
+    stack.until(lambda: "tool.intended" in audit_of(client, run))
+    stack.worker.stop()
+    states = {step["tool"]: step["state"] for step in steps_of(client, run) if step["kind"] == "tool"}
+    assert states == {"charge": "succeeded"}
+    assert client.get(f"/v1/runs/{run['id']}").json()["status"] == "queued"
+    stack.worker.start()
+    client.post(f"/v1/runs/{run['id']}/cancel")
 
 
 # -- the queue

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from functools import lru_cache
 from types import TracebackType
 from typing import Annotated, Any, Literal, Self
@@ -126,9 +127,10 @@ def _reply(model: str, answer: object) -> ModelReply:
 def _retry_after(error: openai.APIStatusError) -> float | None:
     """Seconds, from `Retry-After` in its numeric form (providers do not send the date form)."""
     try:
-        return float(error.response.headers["retry-after"])
+        seconds = float(error.response.headers["retry-after"])
     except (KeyError, ValueError):
         return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _wire_request(request: ModelRequest) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """Making tool calls: all of a reply at once, plain functions in a bounded thread pool, each within its timeout."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from datetime import UTC, datetime, timedelta
 
-from pydantic_core import to_json
+from pydantic_core import to_jsonable_python
 
-from app.domain.canonical import storable_text
+from app.domain.canonical import storable, storable_text
 from app.domain.errors import ToolError
-from app.domain.review import ReviewKind, ReviewRequest
 from app.domain.step import ToolState, ToolStep
 from app.domain.tool import Database, Effect, Tool, ToolContext
 from worker.state import RunState
-from worker.tools.plan import PlannedCall, question
+from worker.tools.plan import PlannedCall
 
 logger = logging.getLogger(__name__)
 
@@ -27,41 +27,35 @@ class ToolCaller:
         self._db = db
         self._threads = threads
 
-    async def make(
-        self, state: RunState, calls: Sequence[PlannedCall]
-    ) -> tuple[Sequence[ToolStep], Sequence[ReviewRequest]]:
-        """The results, and a question for each ONCE call whose outcome cannot be known."""
+    async def make(self, state: RunState, calls: Sequence[PlannedCall], results: list[ToolStep]) -> None:
+        """Make the calls; each result is added as it comes, so that an interruption loses none that is known."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._make_one(state, call)) for call in calls]
-        results = [task.result() for task in tasks]
-        return results, [question(ReviewKind.IN_DOUBT, step) for step in results if step.state is ToolState.IN_DOUBT]
+            for call in calls:
+                group.create_task(self._make_one(state, call, results))
 
-    async def _make_one(self, state: RunState, call: PlannedCall) -> ToolStep:
+    async def _make_one(self, state: RunState, call: PlannedCall, results: list[ToolStep]) -> None:
         began = time.monotonic()
         tool_state, result = await self._outcome(state, call)
-        return call.step.model_copy(
-            update={
-                "state": tool_state,
-                "result": result,
-                "duration_ms": round((time.monotonic() - began) * 1000),
-            }
-        )
+        known = {"state": tool_state, "result": result, "duration_ms": round((time.monotonic() - began) * 1000)}
+        results.append(call.step.model_copy(update=known))
 
     async def _outcome(self, state: RunState, call: PlannedCall) -> tuple[ToolState, str | None]:
         tool = call.tool
         try:
             async with asyncio.timeout(tool.timeout_s):
-                value = await self._invoke(state, call)
+                return ToolState.SUCCEEDED, _as_text(await self._invoke(state, call), tool)
         except ToolError as error:
             return ToolState.FAILED, storable_text(str(error)) or "The tool did not work."
-        except Exception as error:
-            # A tool is somebody else's code: whatever it raises is its failure, not the run's.
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            # A tool is somebody else's code: whatever it raises is its failure, not the run's, or the worker's.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # this one came from us
             logger.exception("tool crashed", extra={"fields": {"tool": tool.name}})
             if tool.effect is Effect.ONCE:
                 return ToolState.IN_DOUBT, None
             slow = isinstance(error, TimeoutError)
             return ToolState.CRASHED, f"The tool {'took too long' if slow else 'failed unexpectedly'}."
-        return ToolState.SUCCEEDED, _as_text(value, tool)
 
     async def _invoke(self, state: RunState, call: PlannedCall) -> object:
         tool = call.tool
@@ -82,7 +76,11 @@ class ToolCaller:
 
 def _as_text(value: object, tool: Tool) -> str:
     """A tool's return value as the model reads it: text as it is, everything else as JSON."""
-    text = storable_text(value if isinstance(value, str) else to_json(value, serialize_unknown=True).decode())
+    if isinstance(value, str):
+        text = storable_text(value)
+    else:
+        plain = storable(to_jsonable_python(value, serialize_unknown=True, bytes_mode="base64"))
+        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
     if len(text) <= tool.max_result_chars:
         return text
     return f"{text[: tool.max_result_chars]}\n[cut: {len(text)} characters in all]"
