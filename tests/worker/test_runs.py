@@ -40,9 +40,9 @@ def decide(client: httpx.Client, run: Run, decision: str, **more: Any) -> httpx.
 
 def test_several_calls_of_one_reply_are_made_together_and_answered_in_order(stack: Stack, client: httpx.Client) -> None:
     began = time.monotonic()
-    wanted = calls(("rest", {"seconds": 0.5}), ("add", {"left": 1}), ("rest", {"seconds": 0.4}), ("odd_text", {}))
+    wanted = calls(("rest", {"seconds": 1.5}), ("add", {"left": 1}), ("rest", {"seconds": 1.4}), ("odd_text", {}))
     run, script = play(stack, client, [wanted, DONE])
-    assert time.monotonic() - began < 1.4
+    assert time.monotonic() - began < 2.8
     assert run["status"] == "succeeded"
     assert results_seen_by_the_model(script) == ["rested", '{"sum":2}', "rested", "nul \ufffd and surrogate \ufffd"]
     assert [step["seq"] for step in steps_of(client, run)] == [0, 1, 2, 3, 4, 5]
@@ -353,10 +353,10 @@ def test_an_id_that_redis_holds_twice_costs_no_slot(stack: Stack, client: httpx.
             with redis.Redis.from_url(stack.redis_url) as connection:
                 connection.rpush("rq:queue:runs", run["id"], "not a run")
             assert rest(client, run)["status"] == "succeeded"
-        both = [submit(client, "toolbox", Script(stack.model_url, [say("slow", delay_s=2)]).input) for _ in range(2)]
+        both = [submit(client, "toolbox", Script(stack.model_url, [say("slow", delay_s=3)]).input) for _ in range(2)]
         began = time.monotonic()
         assert {rest(client, run)["status"] for run in both} == {"succeeded"}
-        assert time.monotonic() - began < 3.5
+        assert time.monotonic() - began < 5.5
     finally:
         few.stop()
 
