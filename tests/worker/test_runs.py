@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -341,24 +342,48 @@ def test_a_run_that_was_taken_away_is_abandoned_within_a_heartbeat(stack: Stack,
     assert (ended["output"], ended["attempt"]) == ("from the second", 2)
 
 
-def test_an_id_that_redis_holds_twice_costs_no_slot(stack: Stack, client: httpx.Client) -> None:
-    few = stack.another_worker("two-slots", WORKER_CONCURRENCY="2")
+def both_slots_are_free(stack: Stack, client: httpx.Client) -> bool:
+    """Of a worker that has two: two runs of three seconds are executed at the same time."""
+    both = [submit(client, "toolbox", Script(stack.model_url, [say("slow", delay_s=3)]).input) for _ in range(2)]
+    began = time.monotonic()
+    assert {rest(client, run)["status"] for run in both} == {"succeeded"}
+    return time.monotonic() - began < 5.5
+
+
+@pytest.fixture
+def two_slots(stack: Stack) -> Iterator[None]:
+    """The only worker executes two runs at a time, and its heartbeat is slower than its sweeper."""
+    few = stack.another_worker("two-slots", WORKER_CONCURRENCY="2", LEASE_SECONDS="60")
     stack.worker.stop()
     few.start()
     try:
-        for _ in range(3):
-            script = Script(stack.model_url, [say("slow", delay_s=1)])
-            run = submit(client, "toolbox", script.input)
-            stack.until(script.requests)
-            with redis.Redis.from_url(stack.redis_url) as connection:
-                connection.rpush("rq:queue:runs", run["id"], "not a run")
-            assert rest(client, run)["status"] == "succeeded"
-        both = [submit(client, "toolbox", Script(stack.model_url, [say("slow", delay_s=3)]).input) for _ in range(2)]
-        began = time.monotonic()
-        assert {rest(client, run)["status"] for run in both} == {"succeeded"}
-        assert time.monotonic() - began < 5.5
+        yield
     finally:
         few.stop()
+
+
+def test_an_id_that_redis_holds_twice_costs_no_slot(stack: Stack, client: httpx.Client, two_slots: None) -> None:
+    for _ in range(3):
+        script = Script(stack.model_url, [say("slow", delay_s=1)])
+        run = submit(client, "toolbox", script.input)
+        stack.until(script.requests)
+        with redis.Redis.from_url(stack.redis_url) as connection:
+            connection.rpush("rq:queue:runs", run["id"], "not a run")
+        assert rest(client, run)["status"] == "succeeded"
+    assert both_slots_are_free(stack, client)
+
+
+def test_a_worker_that_takes_over_its_own_run_drops_the_old_attempt(
+    stack: Stack, client: httpx.Client, two_slots: None
+) -> None:
+    script = Script(stack.model_url, [say("from the first", delay_s=20), say("from the second")])
+    run = submit(client, "toolbox", script.input)
+    stack.until(script.requests)
+    with psycopg.connect(stack.database_url, autocommit=True) as connection:
+        connection.execute("UPDATE runs SET lease_until = now() WHERE id = %s", [run["id"]])
+    ended = rest(client, run)
+    assert (ended["output"], ended["attempt"]) == ("from the second", 2)
+    assert both_slots_are_free(stack, client)
 
 
 def test_a_finished_effect_is_known_after_a_drain(stack: Stack, client: httpx.Client) -> None:
