@@ -4,6 +4,7 @@ from pydantic import JsonValue, ValidationError
 
 from app.domain.agent import Agent
 from app.domain.canonical import storable
+from worker.explain import explain
 
 
 def read_output(agent: Agent, content: str | None) -> JsonValue:
@@ -25,9 +26,6 @@ def correction(agent: Agent, content: str | None, finish_reason: str) -> str | N
     try:
         read_output(agent, content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'answer'}: {problem['msg']}"
-            for problem in error.errors(include_url=False, include_input=False)
-        )
+        problems = explain(error, whole="answer")
         return f"Your answer does not fit the required JSON schema: {problems}. Answer again with JSON only."
     return None

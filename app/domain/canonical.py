@@ -7,7 +7,8 @@ import re
 
 from pydantic import JsonValue
 
-_ODD = re.compile("[\0\ud800-\udfff]")
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+"""What Postgres refuses in a JSON string: NUL and lone surrogates."""
 
 
 def canonical_json(value: JsonValue) -> str:
@@ -26,7 +27,7 @@ def storable(value: JsonValue) -> JsonValue:
     For what models and tools say; a request that holds such things is refused instead.
     """
     if isinstance(value, str):
-        return _ODD.sub("\ufffd", value)
+        return UNSTORABLE.sub("\ufffd", value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

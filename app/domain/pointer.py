@@ -1,20 +1,18 @@
 """Which place in a request's JSON is wrong, as a JSON pointer (RFC 6901): `#/limits/max_steps`."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
+from app.domain.canonical import UNSTORABLE
 from app.domain.errors import FieldError
 
 MAX_DEPTH = 64
 """Arrays and objects in each other that a request may have."""
 MAX_ERRORS = 20
 """How many wrong places one answer names: a large body may have as many as it has values."""
-
-_ODD = re.compile("[\0\ud800-\udfff]")
 
 
 def pointer(path: Sequence[str | int], under: str = "#") -> str:
@@ -49,7 +47,7 @@ def unstorable(value: JsonValue, under: str = "#") -> Iterator[FieldError]:
     while todo:
         item, path, depth = todo.pop()
         if isinstance(item, str):
-            if _ODD.search(item):
+            if UNSTORABLE.search(item):
                 yield FieldError(_unroll(path, under), "holds a NUL character or a lone surrogate")
         elif isinstance(item, float):
             if not math.isfinite(item):
@@ -58,7 +56,7 @@ def unstorable(value: JsonValue, under: str = "#") -> Iterator[FieldError]:
             if depth == MAX_DEPTH:
                 yield FieldError(_unroll(path, under), f"is nested deeper than {MAX_DEPTH} levels")
                 continue
-            if isinstance(item, dict) and any(_ODD.search(name) for name in item):
+            if isinstance(item, dict) and any(UNSTORABLE.search(name) for name in item):
                 yield FieldError(_unroll(path, under), "has a name with a NUL character or a lone surrogate")
                 continue
             children = item.items() if isinstance(item, dict) else enumerate(item)

@@ -13,6 +13,7 @@ from app.domain.canonical import digest, storable
 from app.domain.review import Decision, Review, ReviewKind, ReviewRequest, ReviewStatus
 from app.domain.step import ToolState, ToolStep
 from app.domain.tool import Effect, Tool
+from worker.explain import explain
 from worker.state import OpenCall, RunState
 
 MAX_CALLS_IN_A_REPLY = 32
@@ -84,7 +85,7 @@ def _decide(state: RunState, open_call: OpenCall) -> PlannedCall | ToolStep | Re
     try:
         arguments = tool.arguments.model_validate_json(open_call.call.arguments or "{}")
     except ValidationError as error:
-        return _invalid(state, open_call, f"The arguments do not fit: {_explain(error)}")
+        return _invalid(state, open_call, f"The arguments do not fit: {explain(error, whole='arguments')}")
 
     step = _step(state, open_call, storable(arguments.model_dump(mode="json")), tool.effect, ToolState.INTENDED)
     if decided is not None:
@@ -143,10 +144,3 @@ def _first_seq(state: RunState) -> int:
     reply = state.last_reply
     assert reply is not None
     return reply.seq + 1
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, problem['loc'])) or 'arguments'}: {problem['msg']}"
-        for problem in error.errors(include_url=False, include_input=False)
-    )
