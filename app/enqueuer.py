@@ -57,8 +57,10 @@ class Enqueuer:
             await self._enqueue(batch)
 
     async def _enqueue(self, batch: list[tuple[UUID, Priority]]) -> None:
+        # failpoint: before_enqueue
         try:
             await asyncio.to_thread(self._queue.enqueue, batch)
+            # failpoint: after_enqueue
         except QueueUnavailable as error:
             logger.warning("not enqueued, the sweeper will: %s", error, extra={"fields": {"runs": len(batch)}})
             await self._mark([run_id for run_id, _ in batch])

@@ -102,6 +102,7 @@ class Intake:
             raise
         async with self.engine.connect() as connection:
             run = await runs.accept(connection, new)
+        # failpoint: after_accept
         if run is not None:
             self.enqueuer.put(run.id, run.priority)
             return run, False
@@ -118,6 +119,7 @@ class Intake:
             run = await runs.cancel(connection, run_id, caller.tenant, actor=caller.actor)
             if run is None:
                 return await self._ended(caller, run_id)
+        # failpoint: after_cancel
         await asyncio.gather(
             self.signals.publish(signals.CANCELLED, run_id), self.signals.publish(signals.RESTED, run_id)
         )
@@ -150,6 +152,7 @@ class Intake:
                 ended = await reviews.reject_run(connection, review.run_id, actor=caller.actor, reason=verdict.reason)
             else:
                 priority = await reviews.resume_run(connection, review.run_id, actor=caller.actor)
+        # failpoint: after_decision
         if ended:
             await self.signals.publish(signals.RESTED, review.run_id)
         if priority is not None:

@@ -19,6 +19,8 @@ from app.background import in_background
 RESTED = "agent-service:rested"
 CANCELLED = "agent-service:cancelled"
 _RECONNECT_SECONDS = 1.0
+_AWAY = (RedisError, OSError, RuntimeError)
+"""What comes when Redis is away. `RuntimeError` is uvloop's, for a connection that was lost a moment ago."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ class Signals:
         """Best effort: a Redis that is away is logged and forgotten."""
         try:
             await self._redis.publish(channel, str(run_id))
-        except RedisError as error:
+        except _AWAY as error:
             logger.warning("signal lost: %s", error, extra={"fields": {"channel": channel}})
 
     async def is_reachable(self) -> bool:
         """Does Redis answer?"""
         try:
             await self._redis.ping()
-        except RedisError:
+        except _AWAY:
             return False
         return True
 
@@ -56,7 +58,7 @@ class Signals:
                         message = await pubsub.get_message(timeout=4.0)
                         if message is not None and (run_id := _run_id(message["data"])) is not None:
                             receive(run_id)
-            except (RedisError, OSError) as error:
+            except _AWAY as error:
                 logger.warning("signals away: %s", error, extra={"fields": {"channel": channel}})
                 await asyncio.sleep(_RECONNECT_SECONDS)
 

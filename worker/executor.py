@@ -5,28 +5,30 @@ The only place where an outcome becomes a transition.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from random import Random
 from uuid import UUID
 
 from pydantic import JsonValue
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.background import in_background, within
 from app.db import leases, reviews, steps
 from app.domain.agent import Agent
 from app.domain.canonical import digest
 from app.domain.errors import LeaseLost, ModelError
-from app.domain.run import Claim, Priority, StopReason
+from app.domain.run import Claim, Priority, Run, StopReason
 from app.logging import bind
 from app.prices import PriceTable
 from app.registry import models_of
 from app.signals import RESTED, Signals
 from worker.journal import RunJournal
-from worker.lease import Held, Interruption, Leases
+from worker.lease import Held, Interruption, Leases, local_now
 from worker.limits import most_output_tokens
 from worker.llm.base import Model, ModelRequest
 from worker.llm.retry import Answer, RetryPolicy, complete
@@ -36,6 +38,11 @@ from worker.tools.call import ToolCaller
 from worker.transcript import transcript
 
 logger = logging.getLogger(__name__)
+
+INTERRUPT_SECONDS = 1.0
+"""Of a drain's time, what interrupted runs get to write down what they know and hand themselves back."""
+FORCE_SECONDS = 0.5
+"""The same, for handing back those that did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,7 @@ class Executor:
         self._signals = signals
         self._image_digest = image_digest
         self._draining = False
+        self._executing: set[asyncio.Task[object]] = set()
 
     async def execute(self, run_id: UUID) -> Priority | None:
         """Take a run as far as it goes. A priority: it was handed back, and has to be enqueued again with that.
@@ -101,6 +109,10 @@ class Executor:
         Never raises for what a run does. When Postgres is away the run is left as it is: its lease expires, and it
         goes on from its last recorded step.
         """
+        task = asyncio.current_task()
+        assert task is not None
+        self._executing.add(task)
+        task.add_done_callback(self._executing.discard)
         with bind(run_id=str(run_id), worker=self._worker):
             try:
                 return await self._execute(run_id)
@@ -110,23 +122,53 @@ class Executor:
                 logger.warning("Postgres failed; the run is left to its lease", extra={"fields": {"error": str(error)}})
             return None
 
-    async def drain(self, seconds: float) -> None:
-        """Take every run to its next commit and hand it back; what takes longer than `seconds` is cut off."""
+    async def drain(self, seconds: float, *, hurried: asyncio.Event) -> Sequence[tuple[UUID, Priority]]:
+        """Bring every run to rest in Postgres within `seconds`; without waiting for any, once `hurried` is set.
+
+        A run is handed back after its next commit. What takes longer is interrupted. What does not heed that, because
+        a tool swallows it, is handed back over the head of its task, which can write nothing any more. Those have to be
+        enqueued again: returned.
+        """
         self._draining = True
-        tasks = [held.task for held in self._leases.held.values()]
-        if not tasks:
-            return
-        logger.info("draining", extra={"fields": {"runs": len(tasks), "seconds": seconds}})
-        _, unfinished = await asyncio.wait(tasks, timeout=seconds)
-        for held in list(self._leases.held.values()):
-            if held.task in unfinished:
+        if not self._executing:
+            return ()
+        logger.info("draining", extra={"fields": {"runs": len(self._executing), "seconds": seconds}})
+        # failpoint: drain_begun
+        async with in_background(self._all_at_rest()) as rest, in_background(hurried.wait()) as hurry:
+            patience = max(0.0, seconds - INTERRUPT_SECONDS - FORCE_SECONDS)
+            await asyncio.wait([rest, hurry], timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            for held in list(self._leases.held.values()):
                 held.interrupt(Interruption.DRAIN)
-        if unfinished:
-            await asyncio.wait(unfinished, timeout=seconds)
+            # failpoint: drain_cut_off
+            await asyncio.wait([rest], timeout=INTERRUPT_SECONDS)
+        handed_back: list[tuple[UUID, Priority]] = []
+        try:
+            await within(FORCE_SECONDS, self._hand_back_by_force(handed_back))
+        except (SQLAlchemyError, TimeoutError) as error:
+            logger.warning("Postgres failed; runs are left to their leases", extra={"fields": {"error": str(error)}})
+        return handed_back
+
+    async def _all_at_rest(self) -> None:
+        while self._executing:
+            await asyncio.wait(self._executing)
+
+    async def _hand_back_by_force(self, handed_back: list[tuple[UUID, Priority]]) -> None:
+        stuck = list(self._leases.held.values())
+        if not stuck:
+            return
+        logger.warning("runs do not heed their interruption", extra={"fields": {"runs": len(stuck)}})
+        async with self._leases.engine.connect() as connection:
+            for held in stuck:
+                run = held.claim.run
+                with suppress(LeaseLost):
+                    await leases.requeue(connection, held.claim, actor=self._actor, why="drain")
+                    handed_back.append((run.id, run.priority))
 
     async def _execute(self, run_id: UUID) -> Priority | None:
         if self._draining:
-            return Priority.NORMAL  # not looked at: it was never claimed here
+            return Priority.HIGH  # to the front of the queue, where it came from: it was never claimed here
+        # failpoint: before_claim
+        began = local_now()
         async with self._engine.connect() as connection:
             claim = await leases.claim(
                 connection,
@@ -137,12 +179,13 @@ class Executor:
             )
         if claim is None:
             return None
+        # failpoint: after_claim
         self._leases.drop(run_id)  # an earlier claim of ours that was taken over meanwhile, by ourselves
         task = asyncio.current_task()
         assert task is not None
-        held = self._leases.held[run_id] = Held(claim, task)
+        held = self._leases.held[run_id] = Held(claim, task, began + self._leases.lease_seconds)
         try:
-            outcome, error = await self._run(claim)
+            outcome, error = await self._run(held)
         except asyncio.CancelledError:
             if held.interruption is None:
                 raise
@@ -153,25 +196,34 @@ class Executor:
         finally:
             if self._leases.held.get(run_id) is held:
                 del self._leases.held[run_id]
+        # failpoint: before_settle
         await self._settle(claim, outcome, error)
+        # failpoint: after_settle
         return claim.run.priority if isinstance(outcome, HandedBack) else None
 
-    async def _run(self, claim: Claim) -> tuple[Outcome, str | None]:
+    async def _run(self, held: Held) -> tuple[Outcome, str | None]:
         """The loop, and what its errors mean: the outcome and, for the caller of the API, a reference to the cause."""
-        run = claim.run
+        run = held.claim.run
         try:
             agent = self._agents.get(run.agent)
             if agent is None:
                 logger.error("agent is not known to this worker", extra={"fields": {"agent": run.agent}})
                 return Stopped(StopReason.INTERNAL_ERROR), f"This worker does not know the agent {run.agent!r}."
-            state = await self._load(claim, agent)
-            journal = RunJournal(self._engine, claim, actor=self._actor, versions=self._versions(agent, run.input))
+            state = await self._load(run, agent)
+            # failpoint: after_load
+            journal = RunJournal(
+                self._engine,
+                held,
+                lease_seconds=self._leases.lease_seconds,
+                actor=self._actor,
+                versions=self._versions(agent, run.input),
+            )
             async with asyncio.timeout(max(0.0, state.time_left())):
                 outcome = await run_loop(
                     state,
                     journal=journal,
                     asker=self._asker,
-                    caller=self._caller,
+                    caller=self._caller.under(held.sure_for),
                     draining=lambda: self._draining,
                 )
         except TimeoutError:
@@ -187,8 +239,7 @@ class Executor:
             return Stopped(StopReason.INTERNAL_ERROR), f"Internal error; the log has it under run {run.id}."
         return outcome, None
 
-    async def _load(self, claim: Claim, agent: Agent) -> RunState:
-        run = claim.run
+    async def _load(self, run: Run, agent: Agent) -> RunState:
         recorded = []
         decided = {}
         if run.attempt > 1:

@@ -3,9 +3,18 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+import redis.asyncio
 from aiohttp import web
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
+from app.background import within
 from app.domain.errors import ConfigurationError
+
+PROBE_SECONDS = 2.0
+"""How long Postgres and Redis may take to answer a probe."""
 
 
 @asynccontextmanager
@@ -25,7 +34,7 @@ async def health_server(host: str, port: int, is_ready: Callable[[], Awaitable[b
 
     app = web.Application()
     app.add_routes([web.get("/health/live", live), web.get("/health/ready", ready)])
-    runner = web.AppRunner(app, access_log=None)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)  # a draining worker waits for no probe
     await runner.setup()
     try:
         try:
@@ -37,3 +46,19 @@ async def health_server(host: str, port: int, is_ready: Callable[[], Awaitable[b
         yield
     finally:
         await runner.cleanup()
+
+
+async def can_reach(engine: AsyncEngine, redis_url: str) -> bool:
+    """Do Postgres and Redis answer?"""
+
+    async def ask() -> None:
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+        async with redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=1.0) as client:
+            await client.ping()
+
+    try:
+        await within(PROBE_SECONDS, ask())
+    except (SQLAlchemyError, RedisError, TimeoutError):
+        return False
+    return True

@@ -8,24 +8,38 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.db import leases
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.canonical import digest
-from app.domain.run import Claim, RunUsage
+from app.domain.run import RunUsage
 from app.domain.step import ModelStep, Step, ToolState, ToolStep
+from worker.lease import Held, local_now
 
 
 class RunJournal:
     """Records the steps of one claim. `versions` go into the audit of every model decision."""
 
-    def __init__(self, engine: AsyncEngine, claim: Claim, *, actor: str, versions: dict[str, JsonValue]) -> None:
+    def __init__(
+        self, engine: AsyncEngine, held: Held, *, lease_seconds: float, actor: str, versions: dict[str, JsonValue]
+    ) -> None:
         self._engine = engine
-        self._claim = claim
+        self._held = held
+        self._lease_seconds = lease_seconds
         self._actor = actor
         self._versions = versions
 
     async def record(self, steps: Sequence[Step], used: RunUsage) -> None:
         """One commit. Raises `LeaseLost`."""
         audit = [self._audit_of(step) for step in steps]
+        began = local_now()
         async with self._engine.connect() as connection:
-            await leases.record(connection, self._claim, steps, audit=audit, actor=self._actor, used=used)
+            await leases.record(
+                connection,
+                self._held.claim,
+                steps,
+                lease_seconds=self._lease_seconds,
+                audit=audit,
+                actor=self._actor,
+                used=used,
+            )
+        self._held.sure_until = began + self._lease_seconds
 
     def _audit_of(self, step: Step) -> AuditEntry:
         if isinstance(step, ModelStep):

@@ -104,18 +104,23 @@ async def take_step(state: RunState, *, journal: Journal, asker: Asker, caller: 
 
     if not state.open_calls():
         step = _model_step(state, await asker.ask(state))
+        # failpoint: before_reply_recorded
         await record([step], _used_by(step))
+        # failpoint: after_reply_recorded
         return ()
 
     todo = plan(state)
     if todo.intents:
         await record(todo.intents)
+        # failpoint: after_intent
     results = list(todo.answered)
     try:
         await caller.make(state, todo.calls, results)
     finally:  # also when this is interrupted: what is known to have happened is not left in doubt
+        # failpoint: after_effect
         if results:
             await record(results)
+    # failpoint: after_results_recorded
     doubts = [question(ReviewKind.IN_DOUBT, step) for step in results if step.state is ToolState.IN_DOUBT]
     return [*todo.questions, *doubts]
 

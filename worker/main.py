@@ -3,26 +3,18 @@
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from random import Random
 from typing import Any
 from uuid import UUID
 
-import redis
 import uvloop
-from redis.exceptions import RedisError
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.background import in_background, within
+from app.background import in_background
 from app.config import Settings, load_settings
 from app.db import runs
 from app.db.engine import ReadOnlyDatabase, make_engine
@@ -32,33 +24,49 @@ from app.prices import load_prices
 from app.queue import RunQueue
 from app.registry import load_agents
 from app.signals import CANCELLED, RESTED, Signals
+from worker.ending import Ending
 from worker.executor import Executor, ModelAsker
-from worker.health import health_server
+from worker.feeder import Feeder
+from worker.health import can_reach, health_server
 from worker.lease import Leases
 from worker.llm.openai import OpenAIModel
 from worker.llm.retry import RetryPolicy
 from worker.queue_worker import ConcurrentWorker
 from worker.sweeper import Sweeper
 from worker.tools.call import ToolCaller
+from worker.watchdog import Watchdog
 
 logger = logging.getLogger("worker")
 
-POOL_SIZE = 10
-"""Connections to Postgres; a run uses one only while a statement lasts."""
+RUN_CONNECTIONS = 10
+"""Connections to Postgres that all runs share; a run uses one only while a statement lasts."""
+TOOL_CONNECTIONS = 5
+"""Those of `ctx.db`: however slow the tools' queries are, the runs' own statements do not wait for them."""
+VITAL_CONNECTIONS = 4
+"""Those of heartbeat, sweeper and probe: what keeps the leases waits for neither."""
 TOOL_THREADS = 32
-DRAIN_MARGIN_SECONDS = 1.5
-"""Of `DRAIN_SECONDS`, what is kept for handing back and taking leave after the runs have been cut off."""
-LOOP_SILENCE_SECONDS = 10.0
-"""A loop that gave no sign of life for so long is wedged: the worker no longer calls itself alive."""
+TOOL_PATIENCE_SECONDS = 600.0
+"""How long `ctx.db` waits for a connection; the timeout of the tool is nearly always shorter."""
+LEAVE_SECONDS = 0.8
+"""Of `DRAIN_SECONDS`, what is kept for telling Redis after the runs have come to rest."""
+FAREWELL_SECONDS = 1.5
+"""How long a Redis that does not answer may hold up the end: a pop blocks for 1 s."""
+ENDS_AFTER_LEASES = 3
+ENDS_AFTER_SECONDS = 30.0
+"""A worker whose event loop is silent for so many leases, and at least for so long, ends itself."""
 
 
 def main() -> None:
-    """Entry point of the process: exit code 0 after a drain, 2 for a wrong setting, 1 when the worker broke."""
+    """Entry point of the process.
+
+    Exit code 0 after a drain, 2 for a wrong setting, 1 when the worker broke, 70 when its event loop did not end it.
+    """
     code = 0
     try:
         settings = load_settings()
         configure_logging(settings.log_level)
-        uvloop.run(run_worker(settings))
+        # Not `uvloop.run`: that waits for tasks that do not heed their cancellation, and those have lost their runs.
+        asyncio.Runner(loop_factory=uvloop.new_event_loop).run(run_worker(settings))
     except ConfigurationError as error:
         print(f"agent-service: {error}", file=sys.stderr)  # noqa: T201 - logging may not be configured yet
         code = 2
@@ -74,9 +82,8 @@ def main() -> None:
 async def run_worker(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT, then drain."""
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    ending = Ending(drain_seconds=settings.drain_seconds)
+    ending.listen()
 
     async with AsyncExitStack() as stack:
         name = f"{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}"
@@ -86,14 +93,20 @@ async def run_worker(settings: Settings) -> None:
         model = await stack.enter_async_context(
             OpenAIModel(api_key=settings.require_model_key().get_secret_value(), base_url=settings.openai_base_url)
         )
-        require_noeviction(redis_url)
-        engine = make_engine(
-            database_url,
-            pool_size=POOL_SIZE,
-            application_name=f"worker {name}",
-            pool_timeout_s=settings.lease_seconds,  # after that the lease is gone anyway
-        )
-        stack.push_async_callback(engine.dispose)
+
+        def engine_for(purpose: str, connections: int, *, patience: float) -> AsyncEngine:
+            engine = make_engine(
+                database_url,
+                pool_size=connections,
+                application_name=f"worker {purpose} {name}",
+                pool_timeout_s=patience,
+            )
+            stack.push_async_callback(engine.dispose)
+            return engine
+
+        engine = engine_for("runs", RUN_CONNECTIONS, patience=settings.lease_seconds)
+        vital_engine = engine_for("vital", VITAL_CONNECTIONS, patience=settings.lease_seconds)
+        tool_engine = engine_for("tools", TOOL_CONNECTIONS, patience=TOOL_PATIENCE_SECONDS)
         signals = Signals(redis_url)
         stack.push_async_callback(signals.aclose)
         queue = RunQueue(redis_url)
@@ -101,7 +114,7 @@ async def run_worker(settings: Settings) -> None:
         tool_threads = ThreadPoolExecutor(TOOL_THREADS, thread_name_prefix="tool")
         stack.callback(tool_threads.shutdown, wait=False, cancel_futures=True)
 
-        leases = Leases(engine, settings.lease_seconds)
+        leases = Leases(vital_engine, settings.lease_seconds)
         executor = Executor(
             worker=name,
             engine=engine,
@@ -110,7 +123,7 @@ async def run_worker(settings: Settings) -> None:
             model_override=settings.model,
             prices=load_prices(),
             asker=ModelAsker(model, RetryPolicy(), Random()),  # noqa: S311 - jitter, not a secret
-            caller=ToolCaller(ReadOnlyDatabase(engine), tool_threads),
+            caller=ToolCaller(ReadOnlyDatabase(tool_engine), tool_threads),
             signals=signals,
             image_digest=settings.image_digest,
         )
@@ -125,19 +138,20 @@ async def run_worker(settings: Settings) -> None:
             leases.drop(run_id)
             await signals.publish(RESTED, run_id)
 
-        pulse = Pulse()
+        watchdog = Watchdog(ends_after=max(ENDS_AFTER_LEASES * settings.lease_seconds, ENDS_AFTER_SECONDS))
         vital = [
             await stack.enter_async_context(in_background(work))
             for work in (
-                pulse.beat(),
+                watchdog.beat(),
                 leases.keep(),
-                Sweeper(engine, queue, signals).keep_sweeping(),
+                Sweeper(vital_engine, queue, signals).keep_sweeping(),
                 signals.listen(CANCELLED, leases.drop),
             )
         ]
+        watchdog.start()
 
         async def is_ready() -> bool:
-            return not stop.is_set() and await can_reach(engine, redis_url)
+            return not ending.asked.is_set() and await can_reach(vital_engine, redis_url)
 
         await stack.enter_async_context(health_server(settings.api_host, settings.worker_health_port, is_ready))
 
@@ -149,87 +163,26 @@ async def run_worker(settings: Settings) -> None:
                 loop=loop,
                 execute=executor.execute,
                 cancel=cancel,
-                loop_is_alive=lambda: pulse.age() < LOOP_SILENCE_SECONDS,
+                loop_silence=lambda: watchdog.silence,
             )
 
-        feeder = Feeder(make_queue_worker)
-        stack.callback(feeder.stop)
+        feeder = Feeder(redis_url, make_queue_worker)
         feeding = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="feeder"), feeder.feed)
         logger.info("worker started", extra={"fields": {"worker": name, "slots": settings.worker_concurrency}})
-        stopping = await stack.enter_async_context(in_background(stop.wait()))
-        ends: list[asyncio.Future[Any]] = [feeding, stopping, *vital]
+        asked = await stack.enter_async_context(in_background(ending.asked.wait()))
+        ends: list[asyncio.Future[Any]] = [feeding, asked, *vital]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        stop.set()
-        feeder.stop()
-        await executor.drain(max(0.5, settings.drain_seconds - DRAIN_MARGIN_SECONDS))
-        await asyncio.wait([feeding], timeout=DRAIN_MARGIN_SECONDS)
-        for task in vital:
+        ending.ask()
+        await drain(ending, executor, feeder, feeding)
+        for task in (feeding, *vital):
             if task.done():
-                task.result()  # none of them ends but by an error, which ends this process
+                task.result()  # what they raise ends this process
         logger.info("worker stopped", extra={"fields": {"worker": name}})
 
 
-class Pulse:
-    """The event loop's sign of life."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    async def beat(self) -> None:
-        while True:
-            self._last = time.monotonic()
-            await asyncio.sleep(0.5)
-
-    def age(self) -> float:
-        """Seconds since the loop last turned."""
-        return time.monotonic() - self._last
-
-
-class Feeder:
-    """Keeps a queue worker going in its thread; waits for Redis where it is away at the start."""
-
-    def __init__(self, make: Callable[[], ConcurrentWorker]) -> None:
-        self._make = make
-        self._stopping = threading.Event()
-        self._worker: ConcurrentWorker | None = None
-
-    def feed(self) -> None:
-        """Work until `stop`."""
-        while not self._stopping.is_set():
-            try:
-                self._worker = self._make()
-                if not self._stopping.is_set():
-                    self._worker.work(logging_level="WARNING")
-            except RedisError as error:
-                logger.warning("Redis is away", extra={"fields": {"error": str(error)}})
-                self._stopping.wait(1.0)
-
-    def stop(self) -> None:
-        """Take no more jobs; from any thread."""
-        self._stopping.set()
-        if self._worker is not None:
-            self._worker.stop()
-
-
-async def can_reach(engine: AsyncEngine, redis_url: str) -> bool:
-    """Do Postgres and Redis answer?"""
-
-    async def ask() -> None:
-        async with engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
-        async with redis.asyncio.Redis.from_url(redis_url, socket_connect_timeout=1.0) as client:
-            await client.ping()
-
-    try:
-        await within(2.0, ask())
-    except (SQLAlchemyError, RedisError, TimeoutError):
-        return False
-    return True
-
-
-def require_noeviction(redis_url: str) -> None:
-    """A Redis that evicts would drop jobs. One that is away is asked again by the first connection that needs it."""
-    with suppress(RedisError), redis.Redis.from_url(redis_url, socket_connect_timeout=2.0) as client:
-        policy = client.info("memory").get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            raise ConfigurationError(f"REDIS_URL: the server's maxmemory-policy is {policy}; it must be noeviction")
+async def drain(ending: Ending, executor: Executor, feeder: Feeder, feeding: "asyncio.Future[None]") -> None:
+    """Bring the runs to rest, and tell Redis so."""
+    feeder.stop()
+    for run_id, priority in await executor.drain(ending.seconds_left - LEAVE_SECONDS, hurried=ending.hurried):
+        feeder.let_go(run_id, priority)
+    await asyncio.wait([feeding], timeout=min(FAREWELL_SECONDS, ending.seconds_left))

@@ -1,4 +1,4 @@
-"""Runs as a worker holds them: claim, record, suspend, requeue, finish, and what the sweeper does with lost leases.
+"""Runs as a worker holds them: claim, record, suspend, requeue, finish.
 
 Every write after the claim is one statement that applies only while the run is `running` under the claim's token;
 zero rows mean that somebody else owns the run, or that it has ended: `LeaseLost`. The clock is Postgres'.
@@ -23,7 +23,7 @@ from app.domain.audit import AuditEntry, AuditKind
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
 from app.domain.review import ReviewRequest
-from app.domain.run import Claim, Priority, RunStatus, RunUsage, StopReason
+from app.domain.run import Claim, RunStatus, RunUsage, StopReason
 from app.domain.step import Step
 
 _HELD = "id = :id AND status = 'running' AND lease_token = :token"
@@ -81,18 +81,20 @@ _EXTEND = text("""
         UPDATE runs SET lease_until = now() + make_interval(secs => :lease_seconds)
         FROM free JOIN held USING (id)
         WHERE runs.id = free.id AND lease_token = held.token AND status = 'running'
+        RETURNING runs.id
     )
-    SELECT id FROM ours
+    SELECT ours.id, extended.id IS NOT NULL AS is_extended FROM ours LEFT JOIN extended USING (id)
 """)
 
 
-async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_seconds: float) -> set[UUID]:
-    """Heartbeat of all runs of a process (run id → token) in one statement. Returns those that are still held.
+async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_seconds: float) -> dict[UUID, bool]:
+    """Heartbeat of all runs of a process (run id → token) in one statement.
 
-    A run whose row somebody has locked is left out this time, so that it does not hold up the others.
+    Returns those that are still held, each with whether its lease was extended: a run whose row somebody has locked is
+    left out this time, so that it does not hold up the others.
     """
     parameters = {"ids": list(held), "tokens": list(held.values()), "lease_seconds": lease_seconds}
-    return {row["id"] for row in await fetch(connection, _EXTEND, parameters)}
+    return {row["id"]: row["is_extended"] for row in await fetch(connection, _EXTEND, parameters)}
 
 
 _RECORD = text(f"""
@@ -100,7 +102,8 @@ _RECORD = text(f"""
         UPDATE runs
         SET model_calls = model_calls + :model_calls, input_tokens = input_tokens + :input_tokens,
             cached_tokens = cached_tokens + :cached_tokens, output_tokens = output_tokens + :output_tokens,
-            cost_usd = cost_usd + CAST(:cost_usd AS numeric)
+            cost_usd = cost_usd + CAST(:cost_usd AS numeric),
+            lease_until = now() + make_interval(secs => :lease_seconds)
         WHERE {_HELD}
         RETURNING id, tenant
     ), recorded AS (
@@ -123,11 +126,12 @@ async def record(
     claim: Claim,
     steps: Sequence[Step],
     *,
+    lease_seconds: float,
     audit: Sequence[AuditEntry],
     actor: str,
     used: RunUsage = NOTHING_USED,
 ) -> None:
-    """Add steps (a tool step replaces its intent), what they used and their audit: one commit.
+    """Add steps (a tool step replaces its intent), what they used and their audit, and extend the lease: one commit.
 
     Raises `LeaseLost`.
     """
@@ -141,6 +145,7 @@ async def record(
             "cached_tokens": used.cached_tokens,
             "output_tokens": used.output_tokens,
             "cost_usd": used.cost_usd,
+            "lease_seconds": lease_seconds,
             "steps": step_parameters(steps),
             **audit_parameters(actor, *audit),
         },
@@ -202,7 +207,9 @@ def _review_row(review: ReviewRequest) -> dict[str, JsonValue]:
 
 _REQUEUE = text(f"""
     WITH held AS (
-        UPDATE runs SET status = 'queued', queued_at = now(), {_LET_GO} WHERE {_HELD} RETURNING id, tenant
+        UPDATE runs SET status = 'queued', queued_at = now(), needs_enqueue = true, {_LET_GO}
+        WHERE {_HELD}
+        RETURNING id, tenant
     )
     SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
 """)  # noqa: S608
@@ -211,7 +218,7 @@ _REQUEUE = text(f"""
 async def requeue(connection: AsyncConnection, claim: Claim, *, actor: str, why: str) -> None:
     """running → queued: handed back, another worker goes on from the last recorded step.
 
-    Raises `LeaseLost`.
+    Marked for the sweeper, should this process end before it has told Redis. Raises `LeaseLost`.
     """
     entry = AuditEntry(AuditKind.RUN_REQUEUED, {"why": why})
     await _write(connection, _REQUEUE, claim, audit_parameters(actor, entry))
@@ -269,40 +276,3 @@ _END = {
 async def _write(connection: AsyncConnection, statement: TextClause, claim: Claim, parameters: dict[str, Any]) -> None:
     if not await fetch(connection, statement, {"id": claim.run.id, "token": claim.token, **parameters}):
         raise LeaseLost(f"run {claim.run.id} is not held any more")
-
-
-_RESCUE = text("""
-    WITH expired AS (
-        SELECT id, tenant, worker, attempt, lost_leases + 1 >= CAST(limits ->> 'max_attempts' AS int) AS is_last
-        FROM runs WHERE status = 'running' AND lease_until < now()
-        ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
-    ), rescued AS (
-        UPDATE runs
-        SET status = CASE WHEN is_last THEN 'failed' ELSE 'queued' END,
-            stop_reason = CASE WHEN is_last THEN 'max_attempts' END,
-            ended_at = CASE WHEN is_last THEN now() END,
-            lost_leases = lost_leases + 1, queued_at = now(),
-            active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
-            lease_token = NULL, lease_until = NULL, running_since = NULL
-        FROM expired WHERE runs.id = expired.id
-        RETURNING runs.id, runs.tenant, runs.priority, runs.status, expired.worker, expired.attempt, is_last
-    ), doubted AS (
-        UPDATE steps SET state = 'in_doubt' FROM rescued WHERE run_id = rescued.id AND is_last AND state = 'intended'
-    )
-    SELECT id, priority, status,
-           append_audit(id, tenant, 'sweeper', jsonb_build_array(jsonb_build_object(
-               'kind', CASE WHEN is_last THEN 'run.failed' ELSE 'run.requeued' END,
-               'data', jsonb_build_object('why', 'lease expired', 'lost_worker', worker, 'attempt', attempt)
-                    || CASE WHEN is_last THEN jsonb_build_object('stop_reason', 'max_attempts') ELSE '{}' END)))
-    FROM rescued
-""")
-
-
-async def rescue_expired(
-    connection: AsyncConnection, *, limit: int
-) -> tuple[Sequence[tuple[UUID, Priority]], Sequence[UUID]]:
-    """running, but the lease is over → queued, or failed after `max_attempts`: (runs to enqueue, runs that ended)."""
-    rows = list((await connection.execute(_RESCUE, {"limit": limit})).mappings())
-    requeued = [(row["id"], Priority(row["priority"])) for row in rows if row["status"] == RunStatus.QUEUED]
-    ended = [row["id"] for row in rows if row["status"] != RunStatus.QUEUED]
-    return requeued, ended

@@ -112,7 +112,7 @@ async def lock_run(connection: AsyncConnection, run_id: UUID) -> None:
 
 _RESUME = text("""
     WITH resumed AS (
-        UPDATE runs SET status = 'queued', queued_at = now()
+        UPDATE runs SET status = 'queued', queued_at = now(), needs_enqueue = true
         WHERE id = :run_id AND status = 'waiting'
           AND NOT EXISTS (SELECT FROM reviews WHERE run_id = :run_id AND reviews.status = 'pending')
         RETURNING id, tenant, priority

@@ -1,6 +1,7 @@
 """Agents that the tests, the benchmarks and the fault suite run. Each exists for what its name says."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -131,6 +132,31 @@ async def bytes_and_worse() -> dict[str, object]:
     return {"bytes": b"\xff", "surrogate": "\ud800", "nan": float("nan")}
 
 
+@tool(timeout_s=120)
+async def hold_the_loop(ctx: ToolContext, seconds: float) -> str:
+    """Hold up everything in this process, in the run's first attempt."""
+    if ctx.attempt == 1:
+        time.sleep(seconds)
+    return "let go"
+
+
+@tool(timeout_s=120)
+async def cling(ctx: ToolContext, seconds: float) -> str:
+    """Do not heed a cancellation, in the run's first attempt."""
+    until = time.monotonic() + (seconds if ctx.attempt == 1 else 0)
+    while time.monotonic() < until:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(until - time.monotonic())
+    return "let go"
+
+
+@tool
+async def ask_postgres(ctx: ToolContext, seconds: float) -> str:
+    """Make a slow query."""
+    await ctx.db.fetch_all("SELECT pg_sleep(:seconds)", {"seconds": seconds})
+    return "asked"
+
+
 toolbox = Agent(
     name="toolbox",
     instructions="You have every tool.",
@@ -153,6 +179,9 @@ toolbox = Agent(
         cancel_itself,
         bytes_and_worse,
         kill_the_worker,
+        hold_the_loop,
+        cling,
+        ask_postgres,
     ),
 )
 

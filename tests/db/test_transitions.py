@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.db import audit, leases, reviews, runs, steps
+from app.db import audit, leases, rescue, reviews, runs, steps
 from app.db.engine import make_engine, transactional
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
@@ -22,6 +22,16 @@ from app.domain.run import TRANSITIONS, Claim, NewRun, Priority, RunStatus, RunU
 from app.domain.step import ModelStep, ToolState, ToolStep
 from app.domain.tool import Effect
 
+INTENT = ToolStep(
+    seq=1,
+    attempt=1,
+    call_id="c",
+    tool="pay",
+    arguments={},
+    effect=Effect.ONCE,
+    state=ToolState.INTENDED,
+    idempotency_key="k",
+)
 QUESTION = ReviewRequest(kind=ReviewKind.APPROVAL, seq=1, tool="pay", arguments={}, args_hash="seen")
 REPLIED = [AuditEntry(AuditKind.MODEL_REPLIED)]
 
@@ -162,7 +172,9 @@ def test_a_stale_worker_can_write_nothing(database_url: str) -> None:
         fresh = await claim(db, stale.run.id)
         step = ModelStep(seq=0, attempt=1, model="m")
         writes: list[Callable[[Claim], Awaitable[None]]] = [
-            lambda held: leases.record(db, held, [step], audit=REPLIED, actor="w", used=RunUsage(model_calls=1)),
+            lambda held: leases.record(
+                db, held, [step], lease_seconds=60, audit=REPLIED, actor="w", used=RunUsage(model_calls=1)
+            ),
             lambda held: leases.suspend(db, held, [QUESTION], actor="w", expires_in=timedelta(hours=1)),
             lambda held: leases.requeue(db, held, actor="w", why="stale"),
             lambda held: leases.finish(db, held, StopReason.FINAL_ANSWER, actor="w", output="stale"),
@@ -175,8 +187,8 @@ def test_a_stale_worker_can_write_nothing(database_url: str) -> None:
                 await write(replace(fresh, token=uuid4()))
         assert await audit.events_of(db, stale.run.id, "t", after=0, limit=99) == before
         assert await steps.steps_of(db, stale.run.id) == []
-        assert await leases.extend(db, {stale.run.id: stale.token}, lease_seconds=60) == set()
-        assert await leases.extend(db, {stale.run.id: fresh.token}, lease_seconds=60) == {stale.run.id}
+        assert await leases.extend(db, {stale.run.id: stale.token}, lease_seconds=60) == {}
+        assert await leases.extend(db, {stale.run.id: fresh.token}, lease_seconds=60) == {stale.run.id: True}
         await writes[0](fresh)
         run = await runs.get(db, stale.run.id, "t")
         assert run is not None
@@ -188,23 +200,13 @@ def test_a_stale_worker_can_write_nothing(database_url: str) -> None:
 def test_a_result_replaces_its_intent_once_and_a_recorded_step_never_changes(database_url: str) -> None:
     async def scenario(db: AsyncConnection) -> None:
         held = await claimed(db)
-        intent = ToolStep(
-            seq=1,
-            attempt=1,
-            call_id="c",
-            tool="pay",
-            arguments={},
-            effect=Effect.ONCE,
-            state=ToolState.INTENDED,
-            idempotency_key="k",
-        )
-        done = intent.model_copy(update={"state": ToolState.SUCCEEDED, "result": "paid"})
+        done = INTENT.model_copy(update={"state": ToolState.SUCCEEDED, "result": "paid"})
         reply = ModelStep(seq=0, attempt=1, model="m", content="first")
-        await leases.record(db, held, [reply], audit=REPLIED, actor="w")
-        await leases.record(db, held, [intent], audit=REPLIED, actor="w")
-        await leases.record(db, held, [done], audit=REPLIED, actor="w")
+        await leases.record(db, held, [reply], lease_seconds=60, audit=REPLIED, actor="w")
+        await leases.record(db, held, [INTENT], lease_seconds=60, audit=REPLIED, actor="w")
+        await leases.record(db, held, [done], lease_seconds=60, audit=REPLIED, actor="w")
         changed = reply.model_copy(update={"content": "second"})
-        await leases.record(db, held, [intent, changed], audit=REPLIED, actor="w")
+        await leases.record(db, held, [INTENT, changed], lease_seconds=60, audit=REPLIED, actor="w")
         first, second = await steps.steps_of(db, held.run.id)
         assert isinstance(first, ModelStep)
         assert isinstance(second, ToolStep)
@@ -217,10 +219,10 @@ def test_an_expired_lease_is_rescued_until_the_attempts_are_used_up(database_url
     async def scenario(db: AsyncConnection) -> None:
         held = await claimed(db, lease_seconds=0, max_attempts=2)
         kept = await claimed(db)
-        requeued, ended = await leases.rescue_expired(db, limit=10)
-        assert ([run_id for run_id, _ in requeued], ended) == ([held.run.id], [])
+        requeued, ended = await rescue.rescue_expired(db, limit=10)
+        assert (requeued, ended) == ([held.run.id], [])
         await claim(db, held.run.id, lease_seconds=0)
-        requeued, ended = await leases.rescue_expired(db, limit=10)
+        requeued, ended = await rescue.rescue_expired(db, limit=10)
         assert (requeued, ended) == ([], [held.run.id])
         run = await runs.get(db, held.run.id, "t")
         assert run is not None
@@ -237,11 +239,11 @@ def test_a_row_that_somebody_holds_is_neither_rescued_nor_waited_for(database_ur
         try:
             async with transactional(engine).begin() as other:
                 await reviews.lock_run(other, held.run.id)
-                assert await asyncio.wait_for(leases.rescue_expired(db, limit=10), 2) == ([], [])
+                assert await asyncio.wait_for(rescue.rescue_expired(db, limit=10), 2) == ([], [])
                 still = await asyncio.wait_for(leases.extend(db, {held.run.id: held.token}, lease_seconds=0), 2)
-                assert still == {held.run.id}
-            requeued, _ = await leases.rescue_expired(db, limit=10)
-            assert [run_id for run_id, _ in requeued] == [held.run.id]
+                assert still == {held.run.id: False}
+            requeued, _ = await rescue.rescue_expired(db, limit=10)
+            assert requeued == [held.run.id]
         finally:
             await engine.dispose()
 

@@ -3,16 +3,22 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import httpx
+import pytest
 import redis
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from app.db import runs
-from app.db.engine import make_engine
-from app.domain.run import Priority, Run
+from app.db import leases, runs, sweep
+from app.db.engine import make_engine, transactional
+from app.domain.errors import QueueUnavailable
+from app.domain.run import Claim, Priority, Run, RunStatus, StopReason
 from app.queue import RunQueue
-from app.signals import Signals
+from app.signals import CANCELLED, RESTED, Signals
 from tests.db.test_transitions import new_run
+from tests.scripts import Script, audit_of, call, rest, submit
+from tests.stack import Stack
 from worker.sweeper import Sweeper
 
 Scenario = Callable[[AsyncEngine, Sweeper], Awaitable[None]]
@@ -39,6 +45,22 @@ async def accepted(engine: AsyncEngine, *, minutes_ago: int = 0) -> Run:
         age = text("UPDATE runs SET queued_at = now() - make_interval(mins => :minutes) WHERE id = :id")
         await connection.execute(age, {"minutes": minutes_ago, "id": run.id})
     return run
+
+
+async def claimed(engine: AsyncEngine, *, lease_seconds: float = 60) -> Claim:
+    async with engine.connect() as connection:
+        run = await runs.accept(connection, new_run())
+        assert run is not None
+        held = await leases.claim(connection, run.id, worker="w", lease_seconds=lease_seconds, image_digest="")
+        assert held is not None
+        return held
+
+
+async def state_of(engine: AsyncEngine, held: Claim) -> Run:
+    async with engine.connect() as connection:
+        run = await runs.get(connection, held.run.id, "t")
+        assert run is not None
+        return run
 
 
 def queued(redis_url: str) -> list[str]:
@@ -97,3 +119,130 @@ def test_a_dead_workers_job_does_not_keep_its_run_out_of_the_queue(database_url:
         assert redis.Redis.from_url(redis_url).llen("rq:queue:runs:intermediate") == 0
 
     play(database_url, redis_url, scenario)
+
+
+def test_what_rq_still_believes_of_an_earlier_job_is_forgotten(database_url: str, redis_url: str) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        run, other = await accepted(engine, minutes_ago=1), await claimed(engine)
+        with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
+            for run_id in (str(run.id), str(other.run.id)):
+                connection.hset(f"rq:job:{run_id}", "exc_info", "the worker died")
+                connection.zadd("rq:wip:runs", {f"{run_id}:1": 9e9})
+                connection.zadd(f"rq:executions:{run_id}", {"1": 9e9})
+                connection.hset(f"rq:execution:{run_id}:1", "worker_name", "dead")
+                connection.zadd("rq:failed:runs", {run_id: 9e9})
+            await sweeper.sweep()
+            assert queued(redis_url) == [str(run.id)]
+            assert not connection.hexists(f"rq:job:{run.id}", "exc_info")
+            left = [str(key) for key in connection.scan_iter("rq:execution*")]
+            assert sorted(left) == [f"rq:execution:{other.run.id}:1", f"rq:executions:{other.run.id}"]
+            assert connection.zrange("rq:wip:runs", 0, -1) == [f"{other.run.id}:1"]
+            assert connection.zrange("rq:failed:runs", 0, -1) == [str(other.run.id)]
+
+    play(database_url, redis_url, scenario)
+
+
+def test_runs_that_ended_are_not_in_execution_for_redis_either(database_url: str, redis_url: str) -> None:
+    """Their worker died between the commit and Redis."""
+
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        long_ago, just_now, running = [await claimed(engine) for _ in range(3)]
+        async with engine.connect() as connection:
+            for ended in (long_ago, just_now):
+                await leases.finish(connection, ended, StopReason.FINAL_ANSWER, actor="w")
+            age = text("UPDATE runs SET ended_at = now() - interval '1 minute' WHERE id = :id")
+            await connection.execute(age, {"id": long_ago.run.id})
+        with redis.Redis.from_url(redis_url, decode_responses=True) as connection:
+            for claim in (long_ago, just_now, running):
+                connection.hset(f"rq:job:{claim.run.id}", "status", "started")
+                connection.zadd("rq:wip:runs", {f"{claim.run.id}:1": 9e9})
+                connection.zadd("rq:failed:runs", {str(claim.run.id): 9e9})
+            connection.rpush("rq:queue:runs:intermediate", str(long_ago.run.id), "not a run")
+            await sweeper.sweep()
+            left = {f"{claim.run.id}:1" for claim in (just_now, running)}
+            assert set(connection.zrange("rq:wip:runs", 0, -1)) == left
+            assert len(connection.zrange("rq:failed:runs", 0, -1)) == 2
+            assert not connection.exists(f"rq:job:{long_ago.run.id}")
+            assert connection.lrange("rq:queue:runs:intermediate", 0, -1) == ["not a run"]
+
+    play(database_url, redis_url, scenario)
+
+
+def test_a_run_that_was_handed_back_is_enqueued_by_the_next_sweep_once(database_url: str, redis_url: str) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        drained, dead = await claimed(engine), await claimed(engine, lease_seconds=0)
+        async with engine.connect() as connection:
+            await leases.requeue(connection, drained, actor="w", why="drain")
+        for _ in range(2):
+            await sweeper.sweep()
+            assert queued(redis_url) == [str(drained.run.id), str(dead.run.id)]
+
+    play(database_url, redis_url, scenario)
+
+
+def test_without_redis_leases_are_rescued_all_the_same_and_enqueued_when_it_is_back(
+    database_url: str, redis_url: str
+) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        lost = await claimed(engine, lease_seconds=0)
+        away = "redis://127.0.0.1:1"
+        queue, signals = RunQueue(away), Signals(away)
+        with pytest.raises(QueueUnavailable):
+            await Sweeper(engine, queue, signals).sweep()
+        await signals.aclose()
+        assert (await state_of(engine, lost)).status is RunStatus.QUEUED
+        await sweeper.sweep()
+        assert queued(redis_url) == [str(lost.run.id)]
+
+    play(database_url, redis_url, scenario)
+
+
+def test_who_holds_and_who_waits_for_an_overdue_run_is_told(database_url: str, redis_url: str) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        held, on_time = await claimed(engine), await claimed(engine)
+        async with engine.connect() as connection:
+            statement = text("UPDATE runs SET running_since = now() - interval '1 day' WHERE id = :id")
+            await connection.execute(statement, {"id": held.run.id})
+        with redis.Redis.from_url(redis_url) as connection, connection.pubsub() as pubsub:
+            pubsub.subscribe(CANCELLED, RESTED)
+            for _ in range(2):
+                pubsub.get_message(timeout=1)
+            await sweeper.sweep()
+            told = [pubsub.get_message(timeout=1) for _ in range(2)]
+            assert pubsub.get_message(timeout=0.1) is None
+        id_ = str(held.run.id).encode()
+        assert [(message["channel"].decode(), message["data"]) for message in told] == [(CANCELLED, id_), (RESTED, id_)]
+        run = await state_of(engine, held)
+        assert (run.status, run.stop_reason) == (RunStatus.FAILED, StopReason.DEADLINE)
+        assert (await state_of(engine, on_time)).status is RunStatus.RUNNING
+
+    play(database_url, redis_url, scenario)
+
+
+def test_one_process_sweeps_at_a_time_and_a_frozen_one_does_not_keep_the_others_from_it(
+    database_url: str, redis_url: str
+) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        lost = await claimed(engine, lease_seconds=0)
+        frozen = await transactional(engine).connect()
+        assert await sweep.try_lock(frozen, idle_seconds=1)
+        await sweeper.sweep()
+        assert (await state_of(engine, lost)).status is RunStatus.RUNNING
+        await asyncio.sleep(1.5)
+        await sweeper.sweep()
+        assert (await state_of(engine, lost)).status is RunStatus.QUEUED
+        with pytest.raises(SQLAlchemyError):
+            await sweep.marked_for_enqueue(frozen, limit=1)
+        await frozen.close()
+
+    play(database_url, redis_url, scenario)
+
+
+def test_a_run_whose_tool_does_not_heed_the_deadline_is_ended_by_the_sweeper(
+    stack: Stack, client: httpx.Client
+) -> None:
+    script = Script(stack.model_url, [call("cling", {"seconds": 14})])
+    run = submit(client, "toolbox", script.input, limits={"deadline_s": 1})
+    ended = rest(client, run, seconds=12)
+    assert (ended["status"], ended["stop_reason"]) == ("failed", "deadline")
+    assert audit_of(client, run)[-1] == "run.failed"

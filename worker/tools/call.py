@@ -4,34 +4,54 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from pydantic_core import to_jsonable_python
 
 from app.domain.canonical import storable, storable_text
-from app.domain.errors import ToolError
+from app.domain.errors import LeaseLost, ToolError
 from app.domain.step import ToolState, ToolStep
 from app.domain.tool import Database, Effect, Tool, ToolContext
+from worker.lease import WhileSure
 from worker.state import RunState
 from worker.tools.plan import PlannedCall
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
 class ToolCaller:
-    """Makes planned calls. `threads` bounds how many plain functions run at a time in this process."""
+    """Makes planned calls. `threads` bounds how many plain functions run at a time in this process.
 
-    def __init__(self, db: Database, threads: Executor) -> None:
-        self._db = db
-        self._threads = threads
+    `sure_for`: for how many seconds the run is certainly still held here. What is not `READ` is called, and goes on,
+    only while it is: a worker that was frozen, or cut off from Postgres, after it wrote down the intent must not act on
+    it when somebody else has dealt with it.
+    """
+
+    db: Database
+    threads: Executor
+    sure_for: Callable[[], float] = lambda: 0.0
+
+    def under(self, sure_for: Callable[[], float]) -> "ToolCaller":
+        """The same, for a run that is held for so long."""
+        return replace(self, sure_for=sure_for)
 
     async def make(self, state: RunState, calls: Sequence[PlannedCall], results: list[ToolStep]) -> None:
-        """Make the calls; each result is added as it comes, so that an interruption loses none that is known."""
-        async with asyncio.TaskGroup() as group:
-            for call in calls:
-                group.create_task(self._make_one(state, call, results))
+        """Make the calls; each result is added as it comes, so that an interruption loses none that is known.
+
+        Raises `LeaseLost`.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                for call in calls:
+                    group.create_task(self._make_one(state, call, results))
+        except ExceptionGroup as lost:  # nothing else comes out of a call
+            raise lost.exceptions[0] from None
 
     async def _make_one(self, state: RunState, call: PlannedCall, results: list[ToolStep]) -> None:
         began = time.monotonic()
@@ -44,6 +64,8 @@ class ToolCaller:
         try:
             async with asyncio.timeout(tool.timeout_s):
                 return ToolState.SUCCEEDED, _as_text(await self._invoke(state, call), tool)
+        except LeaseLost:
+            raise
         except ToolError as error:
             return ToolState.FAILED, storable_text(str(error)) or "The tool did not work."
         except (Exception, SystemExit, asyncio.CancelledError) as error:
@@ -67,11 +89,17 @@ class ToolCaller:
                 attempt=state.run.attempt,
                 deadline=datetime.now(UTC) + timedelta(seconds=state.time_left()),
                 idempotency_key=call.step.idempotency_key,
-                db=self._db,
+                db=self.db,
             )
-        if tool.is_async:
-            return await tool.function(**arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: tool.function(**arguments))
+        with nullcontext() if tool.effect is Effect.READ else WhileSure(self.sure_for):
+            if tool.is_async:
+                return await tool.function(**arguments)
+            return await asyncio.get_running_loop().run_in_executor(self.threads, self._in_thread, tool, arguments)
+
+    def _in_thread(self, tool: Tool, arguments: dict[str, Any]) -> object:
+        if tool.effect is not Effect.READ and self.sure_for() <= 0:  # it may have waited for a thread
+            raise LeaseLost(f"not called: {tool.name}")
+        return tool.function(**arguments)
 
 
 def _as_text(value: object, tool: Tool) -> str:
