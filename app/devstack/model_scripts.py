@@ -72,9 +72,10 @@ def _mark_in(request: ChatRequest) -> re.Match[str] | None:
 
 
 def _bench(request: ChatRequest, *, calls: int, delay_s: float) -> Reply:
-    """`calls` model calls in all: each but the last asks for one call of the first tool. Keeps no state."""
+    """`calls` model calls in all: each but the last asks for a call of one tool, in turns. Keeps no state."""
     turn = sum(message.role == "assistant" for message in request.messages)
     if turn < calls - 1 and request.tools:
-        call = Call(name=request.tools[0].function.name, arguments={"text": str(turn)})
+        tool = request.tools[turn % len(request.tools)]
+        call = Call(name=tool.function.name, arguments={"text": str(turn)})
         return Reply(tool_calls=[call], delay_s=delay_s)
     return Reply(content="done", delay_s=delay_s)

@@ -3,6 +3,8 @@
     POST /v1/chat/completions    answered by a script, the bench script or the brain, whichever the request names
     PUT  /_scripts/{name}        register a script: a JSON list of `wire.Reply`
     GET  /_scripts/{name}        {"requests": [bodies seen, in order]}
+    PUT  /_weather               a `Weather`: of the answers, this share fails, in one of these ways
+    GET  /_asked                 {"asked": how many completions were asked for}
     GET  /v1/models, /health
 
 No framework, because it shares its cores with what a benchmark measures.
@@ -13,12 +15,12 @@ import random
 import sys
 
 import click
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from app.devstack import brain
 from app.devstack.loopback import EVENT_STREAM, JSON, ClientLeft, Exchange, Receive, Scope, Send, serve
 from app.devstack.model_scripts import REPLIES, ScriptError, Scripts
-from app.devstack.wire import ChatRequest, Completion, Reply, error_body, problem_of
+from app.devstack.wire import ChatRequest, Completion, Fault, Reply, error_body, problem_of
 
 THINKING_SECONDS = 0.2
 DRIP_SECONDS = 0.05
@@ -27,12 +29,24 @@ _SCRIPTS = "/_scripts/"
 _MODELS = b'{"object":"list","data":[{"id":"stand-in","object":"model","created":0,"owned_by":"agent-service"}]}'
 
 
+class Weather(BaseModel, extra="forbid"):
+    """How the provider does today. `seed` makes the choice repeatable."""
+
+    share: float = Field(0, ge=0, le=1)
+    faults: list[Fault] = []
+    retry_after: str | None = None
+    seed: int | None = None
+
+
 class ModelServer:
     """The ASGI application. `thinking_s`: seconds that the brain takes for a reply, give or take a third."""
 
     def __init__(self, *, thinking_s: float) -> None:
         self._thinking_s = thinking_s
         self._scripts = Scripts()
+        self._weather = Weather()
+        self._dice = random.Random()
+        self._asked = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -49,6 +63,10 @@ class ModelServer:
                 await self._register(exchange, path.removeprefix(_SCRIPTS))
             case "GET", path if path.startswith(_SCRIPTS):
                 await self._show(exchange, path.removeprefix(_SCRIPTS))
+            case "PUT", "/_weather":
+                await self._change_weather(exchange)
+            case "GET", "/_asked":
+                await exchange.answer(200, b'{"asked":%d}' % self._asked)
             case "GET", "/v1/models":
                 await exchange.answer(200, _MODELS)
             case "GET", "/health":
@@ -57,6 +75,7 @@ class ModelServer:
                 await _refuse(exchange, 404, f"Unknown request URL: {method} {path}.")
 
     async def _complete(self, exchange: Exchange) -> None:
+        self._asked += 1
         body = await exchange.body()
         try:
             request = ChatRequest.model_validate_json(body)
@@ -68,6 +87,9 @@ class ModelServer:
             reply = self._scripts.answer(request, body) or self._think(request)
         except ScriptError as error:
             return await _refuse(exchange, 400, str(error))
+        if self._weather.faults and self._dice.random() < self._weather.share:
+            fault = {"fault": self._dice.choice(self._weather.faults), "retry_after": self._weather.retry_after}
+            reply = reply.model_copy(update=fault)
 
         if reply.delay_s:
             await exchange.pause(reply.delay_s)
@@ -88,6 +110,14 @@ class ModelServer:
         except ValidationError as error:
             return await _refuse(exchange, 400, _explain(error))
         self._scripts.register(name, replies)
+        return await exchange.answer(200, b"{}")
+
+    async def _change_weather(self, exchange: Exchange) -> None:
+        try:
+            self._weather = Weather.model_validate_json(await exchange.body())
+        except ValidationError as error:
+            return await _refuse(exchange, 400, _explain(error))
+        self._dice = random.Random(self._weather.seed)
         return await exchange.answer(200, b"{}")
 
     async def _show(self, exchange: Exchange, name: str) -> None:

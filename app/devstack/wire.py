@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -117,6 +117,10 @@ class Call(BaseModel):
         return self.arguments if isinstance(self.arguments, str) else json.dumps(self.arguments, ensure_ascii=False)
 
 
+Fault = Annotated[str, Field(pattern=r"^(status:[45]\d\d|stall|truncated|bad_json|disconnect|slow_drip)$")]
+"""How an answer fails: as a provider's do, or a network's."""
+
+
 class Usage(BaseModel):
     """Tokens; the cached ones are part of the prompt's."""
 
@@ -141,7 +145,7 @@ class Reply(BaseModel):
     finish_reason: str | None = None
     usage: Usage | None = None
     delay_s: float = Field(0, ge=0)
-    fault: str | None = Field(None, pattern=r"^(status:[45]\d\d|stall|truncated|bad_json|disconnect|slow_drip)$")
+    fault: Fault | None = None
     retry_after: str | None = None
 
     @property

@@ -19,7 +19,7 @@ from openai.types.chat import ChatCompletion
 
 T = TypeVar("T")
 QUESTION = "How long may I keep something before I return it?"
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "echo",
@@ -223,18 +223,40 @@ def test_a_streamed_reply_is_the_same_in_pieces(server: Server) -> None:
     assert json.loads(function.function.arguments) == {"text": "a fairly long text, in several pieces"}
 
 
-def test_the_bench_script_calls_the_first_tool_and_then_answers(server: Server) -> None:
+def test_the_bench_script_calls_the_tools_in_turns_and_then_answers(server: Server) -> None:
     messages: list[Any] = [{"role": "user", "content": "bench:3:0"}]
     asked = []
-    while (message := server.ask(messages=messages, tools=[TOOL]).choices[0].message).tool_calls:
+    other = {"type": "function", "function": {**TOOL["function"], "name": "other"}}
+    while (message := server.ask(messages=messages, tools=[TOOL, other]).choices[0].message).tool_calls:
         call: Any = message.tool_calls[0]
         asked.append((call.function.name, call.function.arguments))
         messages += [
             message.model_dump(include={"role", "content", "tool_calls"}),
             {"role": "tool", "tool_call_id": call.id, "content": "ok"},
         ]
-    assert asked == [("echo", '{"text": "0"}'), ("echo", '{"text": "1"}')]
+    assert asked == [("echo", '{"text": "0"}'), ("other", '{"text": "1"}')]
     assert message.content == "done"
+
+
+def test_in_bad_weather_a_share_of_the_answers_fails_and_all_are_counted(server: Server) -> None:
+    question = {"model": "m", "messages": [{"role": "user", "content": QUESTION}]}
+
+    def ask() -> int:
+        return httpx.post(f"{server.root}/v1/chat/completions", json=question).status_code
+
+    before = httpx.get(f"{server.root}/_asked").json()["asked"]
+    weather = {"share": 0.5, "faults": ["status:429", "status:500"], "retry_after": "1", "seed": 7}
+    try:
+        httpx.put(f"{server.root}/_weather", json=weather).raise_for_status()
+        first = [ask() for _ in range(20)]
+        httpx.put(f"{server.root}/_weather", json=weather).raise_for_status()
+        assert [ask() for _ in range(20)] == first
+    finally:
+        httpx.put(f"{server.root}/_weather", json={}).raise_for_status()
+    assert set(first) == {200, 429, 500}
+    assert ask() == 200
+    assert httpx.get(f"{server.root}/_asked").json()["asked"] == before + 41
+    assert httpx.put(f"{server.root}/_weather", json={"faults": ["hail"]}).status_code == 400
 
 
 @pytest.mark.parametrize(
