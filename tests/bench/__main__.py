@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,16 +24,15 @@ import psycopg
 from app.db.migrate import upgrade
 from app.devstack.processes import Process, Reaper
 from app.devstack.stack import ROOT, Api, Stack
-from tests.bench.client import Client, in_parallel, quantile
+from tests.bench.client import Client, quantile
+from tests.bench.crash import measure_crash
+from tests.bench.scenario import SCENARIO, measure_scenario, measure_workers
+from tests.bench.sweeper import measure_sweeper
+from tests.bench.waiting import measure_waiting
 
-SCENARIO = "bench:4:0.05"
-RUNS = 200
-SUBMITTERS = 10
 SLOTS = 30
 FULL = 100_000
-CRASH_RUNS = 20
-CRASH_SCENARIO = "bench:4:1"
-PARTS = ["start", "idle", "scenario", "full", "crash"]
+PARTS = ["start", "idle", "scenario", "workers", "waiting", "full", "sweeper", "crash"]
 FORBIDDEN = ("openai", "langfuse", "opentelemetry")
 
 
@@ -41,10 +40,14 @@ class Table:
     """Rows: what, figure, goal, peers."""
 
     def __init__(self) -> None:
-        print(f"{'':46} {'measured':>14}  {'goal':>10}  peers")
+        print(f"{'':54} {'measured':>14}  {'goal':>10}  peers")
 
     def row(self, what: str, figure: str, goal: str = "", peers: str = "") -> None:
-        print(f"{what:46} {figure:>14}  {goal:>10}  {peers}", flush=True)
+        print(f"{what:54} {figure:>14}  {goal:>10}  {peers}", flush=True)
+
+    def rows(self, rows: Iterable[tuple[str, ...]]) -> None:
+        for row in rows:
+            self.row(*row)
 
 
 def main() -> None:
@@ -61,11 +64,17 @@ def main() -> None:
         if "idle" in parts:
             asyncio.run(measure_idle(table, stack, key))
         if "scenario" in parts:
-            asyncio.run(measure_scenario(table, stack, key, options.rounds))
+            table.rows(asyncio.run(measure_scenario(stack, key, options.rounds)))
+        if "workers" in parts:
+            table.rows(asyncio.run(measure_workers(stack, key, options.rounds)))
+        if "waiting" in parts:
+            table.rows(asyncio.run(measure_waiting(stack, key)))
         if "full" in parts:
             asyncio.run(measure_full_table(table, stack, reaper))
+        if "sweeper" in parts:
+            table.rows(measure_sweeper(stack))
         if "crash" in parts:
-            asyncio.run(measure_crash(table, stack, key))
+            table.rows(asyncio.run(measure_crash(stack, key)))
 
 
 @contextmanager
@@ -142,37 +151,6 @@ async def measure_idle(table: Table, stack: Stack, key: str) -> None:
     table.row("idle: accept to first model call p50 / p99, ms", pair(waits, 0.5, 0.99), "≤ 15 / 60")
 
 
-async def measure_scenario(table: Table, stack: Stack, key: str, rounds: int) -> None:
-    speeds: list[float] = []
-    accepts: list[float] = []
-    used: dict[str, float] = {}
-    async with Client(stack.api.address, key) as client:
-        await run_scenario(client, 20)
-        for _ in range(rounds):
-            client.took.clear()
-            before = cpu_of(stack)
-            speeds.append(await run_scenario(client, RUNS))
-            for name, seconds in cpu_of(stack).items():
-                used[name] = used.get(name, 0.0) + seconds - before[name]
-            accepts += client.took["accept"]
-    table.row("scenario: runs per second", f"{statistics.median(speeds):.1f}", "≥ 32", "3.4 to 10.5")
-    table.row("scenario: accept p50 / p95, ms", pair(accepts, 0.5, 0.95), "≤ 15 / 40", "62 to 708 / 113 to 1154")
-    for name, seconds in used.items():
-        table.row(f"scenario: CPU of the {name}, ms a run", f"{seconds * 1000 / (RUNS * rounds):.1f}")
-
-
-async def run_scenario(client: Client, runs: int) -> float:
-    """Runs per second, from the first submission to the last end."""
-    began = time.perf_counter()
-    submitted = await in_parallel(SUBMITTERS, [lambda: client.submit("bench", SCENARIO)] * runs)
-    ended = await asyncio.gather(*(client.wait(run["id"]) for run in submitted))
-    took = time.perf_counter() - began
-    wrong = [run for run in ended if run["status"] != "succeeded" or run["usage"]["model_calls"] != 4]
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} runs went wrong, the first: {wrong[0]}")
-    return runs / took
-
-
 async def measure_full_table(table: Table, stack: Stack, reaper: Reaper) -> None:
     """The same requests, in turns, to an API over an empty table and to one over a full one."""
     addresses = {}
@@ -211,25 +189,6 @@ async def measure_full_table(table: Table, stack: Stack, reaper: Reaper) -> None
         )
 
 
-async def measure_crash(table: Table, stack: Stack, key: str) -> None:
-    """One of two workers is killed in the middle of 20 runs of 4 model calls of a second each, which it holds all."""
-    async with Client(stack.api.address, key) as client:
-        runs = [await client.submit("bench", CRASH_SCENARIO) for _ in range(CRASH_RUNS)]
-        await asyncio.sleep(2.5)
-        other = stack.another_worker("other")
-        try:
-            stack.worker.kill()
-            killed = time.perf_counter()
-            other.start()
-            ended = await asyncio.gather(*(client.wait(run["id"]) for run in runs))
-            took = time.perf_counter() - killed
-        finally:
-            other.stop()
-    if any(run["status"] != "succeeded" or run["usage"]["model_calls"] != 4 for run in ended):
-        raise RuntimeError(f"not all went on from where they were: {ended}")
-    table.row("crash: all done after the kill, s", f"{took:.1f}", "≤ 25", "33 to 38, one never")
-
-
 def fill(database_url: str) -> None:
     """Finished runs, as if they had come in over the past weeks: older than everything that follows."""
     statement = """
@@ -252,22 +211,6 @@ def pair(values: list[float], first: float, second: float) -> str:
 def resident(process: Process) -> float:
     """Megabytes."""
     return float(psutil.Process(process.pid).memory_info().rss) / 1e6
-
-
-def cpu_of(stack: Stack) -> dict[str, float]:
-    """CPU seconds of each part so far, with its children, and of this client."""
-    seconds = {process.name: _cpu(psutil.Process(process.pid)) for process in stack.processes}
-    ours = psutil.Process().cpu_times()
-    return {**seconds, "client": ours.user + ours.system}
-
-
-def _cpu(process: psutil.Process) -> float:
-    total = 0.0
-    for one in (process, *process.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            times = one.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 main()
