@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo dev test check bench lock clean
+.PHONY: help demo dev test check bench soak lock clean
 
 help:
 	@echo "make demo    one run from beginning to end, step by step"
@@ -11,6 +11,7 @@ help:
 	@echo "make test    all tests, on real servers"
 	@echo "make check   format, lint, types, import contracts, locks"
 	@echo "make bench   the measurements"
+	@echo "make soak    thousands of runs while workers, Valkey and Postgres are killed; MINUTES=15"
 	@echo "make lock    renew the lock files; with UPGRADE=1 to the newest versions"
 	@echo "make clean   remove what was made here, the development data too"
 
@@ -33,6 +34,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)

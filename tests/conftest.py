@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from app.config import Settings
 from app.devstack.access import make_key
 from app.devstack.processes import Reaper
+from tests.faults.report import PROPERTY, table
 from tests.stack import TEMPLATE, Stack, new_directory
 
 
@@ -111,8 +112,18 @@ def settings(database_url: str, redis_url: str) -> Settings:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Beside the failure of a test that used the stack, show what the API and the worker said last."""
     report = yield
-    stack = getattr(item, "funcargs", {}).get("stack")
-    if report.failed and isinstance(stack, Stack):
-        for process in (stack.api, stack.worker):
+    stacks = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Stack)]
+    if report.failed:
+        for process in (process for stack in stacks for process in stack.service if process.was_started):
             report.sections.append((f"{process.name}: end of the log", process.tail(15)))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fault suite found, as a table."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    found = [value for report in reports for name, value in report.user_properties if name == PROPERTY]
+    if lines := table(found):
+        terminalreporter.section("faults")
+        for line in lines:
+            terminalreporter.write_line(line)

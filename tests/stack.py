@@ -13,7 +13,7 @@ import redis
 
 from app.config import Settings
 from app.devstack import stack
-from app.devstack.processes import Reaper
+from app.devstack.processes import Process, Reaper
 
 TEMPLATE = "migrated"
 """A migrated database without data; tests that need one of their own get a copy."""
@@ -44,6 +44,11 @@ class Stack(stack.Stack):
     def start_servers(self) -> None:
         super().start_servers()
         self.postgres.create_database(TEMPLATE, template=stack.DATABASE)
+
+    @property
+    def service(self) -> list[Process]:
+        """The processes that are ours."""
+        return [self.api, self.worker]
 
     @property
     def model_url(self) -> str:
