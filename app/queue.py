@@ -19,6 +19,7 @@ from redis.retry import Retry
 from rq import Queue
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
+from rq.utils import now, utcformat
 
 from app.domain.errors import QueueUnavailable
 from app.domain.run import Priority
@@ -40,6 +41,8 @@ _RUN_ID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]
 
 _RUN = "RUN_ID"
 """Stands for a run's id."""
+_NOW = "NOW"
+"""Stands for the time at which it is enqueued."""
 _ENQUEUE = f"""
     local push, queue, prefix, job = ARGV[1], ARGV[2], ARGV[3], cjson.decode(ARGV[4])
     local fields, of_the_run = {{}}, {{}}
@@ -68,6 +71,7 @@ class RunQueue:
             retry=Retry(NoBackoff(), 0),
         )
         self._queue = Queue(QUEUE_NAME, connection=self._redis, serializer=SERIALIZER)
+        self._job = _stored_job(self._queue)
         self._closed_until = 0.0
 
     def enqueue(self, runs: Sequence[tuple[UUID, Priority]]) -> None:
@@ -112,10 +116,11 @@ class RunQueue:
         """Redis makes the jobs itself, all like one: made by RQ here, 100,000 would keep this process from its work for
         half a minute.
         """
+        job = self._job.replace(_NOW, utcformat(now()))
         pipeline.sadd(self._queue.redis_queues_keys, self._queue.key)
         for push, priority in (("RPUSH", Priority.NORMAL), ("LPUSH", Priority.HIGH)):
             if ids := [str(run_id) for run_id, its in runs if its is priority]:
-                pipeline.eval(_ENQUEUE, 0, push, self._queue.key, Job.key_for(""), _stored_job(self._queue), *ids)
+                pipeline.eval(_ENQUEUE, 0, push, self._queue.key, Job.key_for(""), job, *ids)
 
     def _forget(self, pipeline: Pipeline, job_ids: Sequence[str]) -> None:
         """Remove every trace of jobs but their place in the queue.
@@ -235,11 +240,12 @@ def job_of(queue: Queue, job_id: str) -> Job:
 
 
 def _stored_job(queue: Queue) -> str:
-    """A queued job as RQ keeps it in Redis, as JSON, for a run that is yet to be named."""
+    """A queued job as RQ keeps it in Redis, as JSON, for a run and a time that are yet to be named."""
     job = job_of(queue, _RUN)
-    job.enqueued_at = job.created_at
     fields = {
         **job.to_dict(),
+        "created_at": _NOW,
+        "enqueued_at": _NOW,
         "status": JobStatus.QUEUED.value,
         "data": job.data.decode(),  # RQ reads it uncompressed, too
     }
