@@ -21,7 +21,7 @@ EXIT_FORCED = 70
 """Exit code of a process that its event loop did not end."""
 OVERTIME_SECONDS = 0.5
 """How long after `DRAIN_SECONDS` the process is ended from outside the event loop."""
-HURRY_SECONDS = 1.5
+HURRY_SECONDS = 3.0
 """The same, after it was asked again."""
 
 

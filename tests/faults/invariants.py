@@ -145,7 +145,7 @@ def _left_in_redis(rig: Rig, run_ids: set[str]) -> Iterator[str]:
         return found
 
     try:
-        rig.until(lambda: not left(), seconds=10)
+        rig.until(lambda: not left(), seconds=20)
     except AssertionError:
         yield from left()
 

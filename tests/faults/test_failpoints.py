@@ -72,6 +72,10 @@ def under_load(rig: Rig) -> list[str]:
     return rig.submit(RUNS)
 
 
+def for_longer_than_a_heartbeat(rig: Rig) -> list[str]:
+    return rig.submit(RUNS, text="bench:4:0.5")
+
+
 def while_draining(rig: Rig) -> list[str]:
     runs = rig.submit(RUNS, text="bench:4:0.8")
     rig.until(lambda: "running" in rig.open_of(runs).values())
@@ -109,6 +113,8 @@ def when_somebody_cancels(rig: Rig) -> list[str]:
 
 
 SITUATIONS: dict[str, Callable[[Rig], list[str]]] = {
+    "before_heartbeat": for_longer_than_a_heartbeat,
+    "after_heartbeat": for_longer_than_a_heartbeat,
     "drain_begun": while_draining,
     "drain_cut_off": while_draining,
     "after_rescue": while_sweeping,

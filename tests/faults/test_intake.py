@@ -10,7 +10,7 @@ import pytest
 from tests.faults.conftest import Hold
 from tests.faults.rig import SCENARIO, Rig
 
-ACCEPTED = 100
+ACCEPTED = 60
 FIRST_FAILURES = 5
 """These may take longer: somebody has to find out that Redis is away."""
 

@@ -22,7 +22,7 @@ def test_a_cancel_and_an_end_at_the_same_moment_have_one_winner_and_everybody_he
         for number in range(40):
             [run_id] = rig.submit(1, text="bench:1:0.2")
             runs.append(run_id)
-            cancellers.submit(cancel, run_id, 0.2 + (number - 20) * 0.002)
+            cancellers.submit(cancel, run_id, 0.1 + number * 0.01)
     rig.settle(runs)
     ended = {
         str(row["id"]): row["status"]

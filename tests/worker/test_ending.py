@@ -134,7 +134,7 @@ def test_a_tool_that_heeds_no_cancellation_loses_its_run(stack: Stack, client: h
 def test_asked_twice_a_worker_waits_for_no_run(stack: Stack, client: httpx.Client, second: Worker) -> None:
     script = Script(stack.model_url, [say("too late", delay_s=30), DONE])
     run = started(stack, client, script)
-    assert seconds_until_gone(stack.worker, signal.SIGTERM, signal.SIGINT) < 1.5
+    assert seconds_until_gone(stack.worker, signal.SIGTERM, signal.SIGINT) < 2
     assert status_of(client, run) == "queued"
     second.start()
     assert rest(client, run, seconds=3)["attempt"] == 2
@@ -144,14 +144,14 @@ def test_asked_twice_a_worker_is_gone_soon_whatever_its_tools_do(
     stack: Stack, client: httpx.Client, second: Worker
 ) -> None:
     run, _ = in_call(stack, client, "cling", seconds=60)
-    assert seconds_until_gone(stack.worker, signal.SIGTERM, signal.SIGTERM) < 2
+    assert seconds_until_gone(stack.worker, signal.SIGTERM, signal.SIGTERM) < 3
     assert status_of(client, run) == "queued"
 
 
 def test_asked_a_third_time_a_worker_is_gone_at_once(stack: Stack, client: httpx.Client, second: Worker) -> None:
     in_call(stack, client, "cling", seconds=60)
     asked = (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
-    assert seconds_until_gone(stack.worker, *asked, exit_code=EXIT_FORCED) < 0.6
+    assert seconds_until_gone(stack.worker, *asked, exit_code=EXIT_FORCED) < 1
     log = log_of_last_start(stack.worker)
     assert [log.count(f"asked to stop{how}") for how in ('"', " again", " a third time")] == [1, 1, 1]
 
