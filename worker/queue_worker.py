@@ -128,6 +128,8 @@ class ConcurrentWorker(BaseWorker):
         self.set_state(WorkerStatus.IDLE)
         while not self._is_stopping():
             self.heartbeat()
+            if self._state == WorkerStatus.BUSY and not self._running:
+                self.set_state(WorkerStatus.IDLE)  # a run may still have been in the way when its books were closed
             if self._loop_silence() >= SILENCE_SECONDS:
                 time.sleep(SILENT_PAUSE_SECONDS)
                 continue
