@@ -1,4 +1,4 @@
-"""The fault suite's agent: one tool of each effect, each of which writes into the suite's external ledger."""
+"""The fault suite's agents: one tool of each effect, each of which writes into the suite's external ledger."""
 
 import json
 import os
@@ -49,3 +49,11 @@ bookkeeper = Agent(
     tools=(look_up, put, charge),
     model_timeout_s=2,
 )
+
+cashier = Agent(
+    name="cashier",
+    instructions="Charge first.",
+    tools=(charge, put, look_up),
+    model_timeout_s=2,
+)
+"""The same, but its runs begin with what must not happen twice."""

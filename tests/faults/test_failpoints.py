@@ -69,15 +69,15 @@ class Victim:
 
 
 def under_load(rig: Rig) -> list[str]:
-    return rig.submit(RUNS)
+    return rig.submit(RUNS, agent="cashier")
 
 
 def for_longer_than_a_heartbeat(rig: Rig) -> list[str]:
-    return rig.submit(RUNS, text="bench:4:0.5")
+    return rig.submit(RUNS, agent="cashier", text="bench:4:0.5")
 
 
 def while_draining(rig: Rig) -> list[str]:
-    runs = rig.submit(RUNS, text="bench:4:0.8")
+    runs = rig.submit(RUNS, agent="cashier", text="bench:4:0.8")
     rig.until(lambda: "running" in rig.open_of(runs).values())
     holder = next(worker for worker in rig.workers if rig.held_by(worker))
     holder.signal(signal.SIGTERM)
@@ -86,7 +86,7 @@ def while_draining(rig: Rig) -> list[str]:
 
 def while_sweeping(rig: Rig) -> list[str]:
     """A worker dies, so that there is something to sweep."""
-    runs = rig.submit(RUNS, text="bench:4:0.8")
+    runs = rig.submit(RUNS, agent="cashier", text="bench:4:0.8")
     rig.until(lambda: "running" in rig.open_of(runs).values())
     holder = next(worker for worker in rig.workers if rig.held_by(worker))
     holder.kill()
@@ -103,7 +103,7 @@ def when_a_person_decides(rig: Rig) -> list[str]:
 
 
 def when_somebody_cancels(rig: Rig) -> list[str]:
-    runs = rig.submit(RUNS, text="bench:4:0.8")
+    runs = rig.submit(RUNS, agent="cashier", text="bench:4:0.8")
     rig.until(lambda: "running" in rig.open_of(runs).values())
     try:
         rig.client.post(f"/v1/runs/{runs[0]}/cancel", timeout=2)
@@ -140,3 +140,14 @@ def test_no_run_is_lost_and_no_effect_doubled_at(rig: Rig, holds: Hold, name: st
     rig.heal()
     fault = "kill -9" if action == KILL else f"SIGSTOP beyond the lease of {LEASE_SECONDS} s, SIGCONT"
     holds(fault, name, runs)
+
+
+@pytest.mark.parametrize("name", ["before_reply_recorded", "after_effect", "before_settle"])
+def test_a_worker_that_wakes_while_another_holds_its_run_writes_nothing(rig: Rig, holds: Hold, name: str) -> None:
+    victim = Victim(rig, rig.failpoint(name), FREEZE)
+    with victim.watched():
+        runs = rig.submit(RUNS, text="bench:4:0.8")
+        rig.until(lambda: rig.takeovers(runs), seconds=TAKEOVER_SECONDS)
+        victim.awake()
+    rig.settle(runs)
+    holds("SIGSTOP, SIGCONT while another holds the run", name, runs)
