@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -23,17 +23,43 @@ class DatabaseSettings(BaseSettings):
     model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True, env_ignore_empty=True)
 
     database_url: SecretStr = Field(description="PostgreSQL: postgresql://user:password@host:5432/name")
+    owner_database_url: SecretStr | None = Field(
+        None, description="The same database as its owner, for commands that the service's own user may not do."
+    )
 
-    @field_validator("database_url")
+    @property
+    def owner_url(self) -> str:
+        """For migrations and erasure: the owner's address, or the service's where there is no other."""
+        return (self.owner_database_url or self.database_url).get_secret_value()
+
+    @property
+    def database_user(self) -> str:
+        """Whom the service logs in as."""
+        return unquote(urlsplit(self.database_url.get_secret_value()).username or "")
+
+    @field_validator("database_url", "owner_database_url")
     @classmethod
-    def _is_postgres(cls, value: SecretStr) -> SecretStr:
+    def _is_postgres(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
         if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             raise ValueError("must start with postgresql://")
         _check_port(value)
         return value
 
 
-class Settings(DatabaseSettings):
+class AuditSettings(DatabaseSettings):
+    """What commands about the audit have to be told."""
+
+    audit_signing_key: SecretStr | None = Field(
+        None, description="Ed25519 private key (PEM) that signs the audit's checkpoints; unset: it is not sealed."
+    )
+    audit_anchor: str = Field(
+        "audit-checkpoints.jsonl", description="Where checkpoints go: a file, or s3://, gs:// or az:// bucket and path."
+    )
+
+
+class Settings(AuditSettings):
     """What the API and the worker are told. Never changes after the start; secrets never print."""
 
     redis_url: SecretStr = Field(description="Redis or Valkey: redis://[:password@]host:6379/0")

@@ -3,7 +3,7 @@
 servers       PostgreSQL, Valkey and the stand-in model server, started once
 stack         the same, and the API and a worker as processes
 client        an HTTP client of the API with a key of this test's own `tenant`
-database_url  a migrated database of this test's own
+database_url  a migrated database of this test's own, as the service's user; `owner_url` as its owner
 redis_url     an empty Redis database
 settings      the settings of a process on these two
 """
@@ -89,8 +89,15 @@ def client(stack: Stack, tenant: str) -> Iterator[httpx.Client]:
 @pytest.fixture
 def database_url(servers: Stack) -> Iterator[str]:
     name = f"test_{uuid4().hex}"
-    yield servers.postgres.create_database(name, template=TEMPLATE)
+    servers.postgres.create_database(name, template=TEMPLATE)
+    yield servers.postgres.service_url(name)
     servers.postgres.drop_database(name)
+
+
+@pytest.fixture
+def owner_url(servers: Stack, database_url: str) -> str:
+    """The same database, as its owner."""
+    return servers.postgres.url(database_url.rpartition("/")[2])
 
 
 @pytest.fixture

@@ -7,23 +7,34 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.db import leases
 from app.domain.audit import AuditEntry, AuditKind
-from app.domain.canonical import digest
 from app.domain.run import RunUsage
 from app.domain.step import ModelStep, Step, ToolState, ToolStep
 from worker.lease import Held, local_now
 
 
 class RunJournal:
-    """Records the steps of one claim. `versions` go into the audit of every model decision."""
+    """Records the steps of one claim.
+
+    `versions` go into the audit of every model decision. `instructions_sha256`: of instructions that were made from the
+    run's input, so it goes with what can be erased.
+    """
 
     def __init__(
-        self, engine: AsyncEngine, held: Held, *, lease_seconds: float, actor: str, versions: dict[str, JsonValue]
+        self,
+        engine: AsyncEngine,
+        held: Held,
+        *,
+        lease_seconds: float,
+        actor: str,
+        versions: dict[str, JsonValue],
+        instructions_sha256: str | None,
     ) -> None:
         self._engine = engine
         self._held = held
         self._lease_seconds = lease_seconds
         self._actor = actor
         self._versions = versions
+        self._instructions_sha256 = instructions_sha256
 
     async def record(self, steps: Sequence[Step], used: RunUsage) -> None:
         """One commit. Raises `LeaseLost`."""
@@ -43,17 +54,25 @@ class RunJournal:
 
     def _audit_of(self, step: Step) -> AuditEntry:
         if isinstance(step, ModelStep):
-            return AuditEntry(AuditKind.MODEL_REPLIED, {**_model_decision(step), **self._versions})
+            said: dict[str, JsonValue] = {
+                "content": step.content,
+                "tool_calls": [{"tool": call.name, "arguments": call.arguments} for call in step.tool_calls],
+            }
+            if self._instructions_sha256:
+                said["instructions_sha256"] = self._instructions_sha256
+            return AuditEntry(AuditKind.MODEL_REPLIED, {**_model_decision(step), **self._versions}, said)
         intended = step.state is ToolState.INTENDED
-        return AuditEntry(AuditKind.TOOL_INTENDED if intended else AuditKind.TOOL_ANSWERED, _tool_call(step))
+        payload: dict[str, JsonValue] = {"arguments": step.arguments}
+        if not intended:
+            payload["result"] = step.result
+        return AuditEntry(AuditKind.TOOL_INTENDED if intended else AuditKind.TOOL_ANSWERED, _tool_call(step), payload)
 
 
 def _model_decision(step: ModelStep) -> dict[str, JsonValue]:
     return {
         "step": step.seq,
         "model": step.model,
-        "content_sha256": digest(step.content),
-        "tool_calls": [{"tool": call.name, "arguments_sha256": digest(call.arguments)} for call in step.tool_calls],
+        "tools": [call.name for call in step.tool_calls],
         "finish_reason": step.finish_reason,
         "input_tokens": step.usage.input_tokens,
         "output_tokens": step.usage.output_tokens,
@@ -68,6 +87,4 @@ def _tool_call(step: ToolStep) -> dict[str, JsonValue]:
         "effect": step.effect,
         "state": step.state,
         "idempotency_key": step.idempotency_key,
-        "arguments_sha256": digest(step.arguments),
-        "result_sha256": None if step.result is None else digest(step.result),
     }

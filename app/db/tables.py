@@ -4,10 +4,12 @@ from datetime import datetime
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     Boolean,
     Column,
     DateTime,
+    Double,
     Index,
     Integer,
     LargeBinary,
@@ -80,6 +82,7 @@ runs = Table(
     _time("queued_at", nullable=False, default_now=True),
     _time("started_at"),
     _time("ended_at"),
+    _time("erased_at"),
     # A run's id is a UUIDv7, so the order of ids is the order of submission.
     Index("runs_by_tenant", "tenant", "id"),
     Index("runs_by_status", "tenant", "status", "id"),
@@ -117,8 +120,8 @@ reviews = Table(
     Column("run_id", Uuid, nullable=False),
     Column("agent", Text, nullable=False),
     Column("kind", Text, nullable=False),
-    Column("seq", Integer, nullable=False),
-    Column("tool", Text, nullable=False),
+    Column("seq", Integer),
+    Column("tool", Text),
     Column("arguments", JSONB, nullable=False),
     Column("args_hash", Text, nullable=False),
     Column("status", Text, nullable=False),
@@ -129,7 +132,18 @@ reviews = Table(
     _time("created_at", nullable=False, default_now=True),
     _time("decided_at"),
     _time("expires_at", nullable=False),
+    Column("why", Text, nullable=False, server_default=""),
+    Column("stop_reason", Text),
+    Column("queue", Text, nullable=False, server_default="first"),
+    Column("barred", ARRAY(Text), nullable=False, server_default=text("'{}'::text[]")),
+    Column("on_expiry", Text, nullable=False, server_default="end"),
+    Column("expires_s", Double, nullable=False, server_default=text("86400")),
+    Column("edited", JSONB),
     Index("reviews_by_tenant", "tenant", "id"),
+    Index("reviews_by_status", "tenant", "status", "id"),
+    Index("reviews_by_agent", "tenant", "agent", "id"),
+    Index("reviews_by_kind", "tenant", "kind", "id"),
+    Index("reviews_by_queue", "tenant", "queue", "id"),
     Index("reviews_by_run", "run_id"),
     Index("reviews_pending", "expires_at", postgresql_where=text("status = 'pending'")),
 )
@@ -139,6 +153,9 @@ audit_heads = Table(
     metadata,
     Column("run_id", Uuid, primary_key=True),
     Column("seq", Integer, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("is_sealed", Boolean, nullable=False, server_default=text("false")),
+    Index("audit_heads_unsealed", "run_id", postgresql_where=text("NOT is_sealed")),
 )
 
 audit_events = Table(
@@ -147,9 +164,41 @@ audit_events = Table(
     Column("run_id", Uuid, nullable=False),
     Column("seq", Integer, nullable=False),
     Column("tenant", Text, nullable=False),
-    _time("at", nullable=False, default_now=True),
+    _time("at", nullable=False),
     Column("actor", Text, nullable=False),
     Column("kind", Text, nullable=False),
-    Column("data", JSONB, nullable=False),
+    Column("data", JSON, nullable=False),  # not JSONB: the text is what was hashed
+    Column("payload_sha256", LargeBinary),
+    Column("hash", LargeBinary, nullable=False),
     PrimaryKeyConstraint("run_id", "seq"),
+)
+
+audit_payloads = Table(
+    "audit_payloads",
+    metadata,
+    Column("run_id", Uuid, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("salt", LargeBinary, nullable=False),
+    Column("payload", Text, nullable=False),
+    PrimaryKeyConstraint("run_id", "seq"),
+)
+
+audit_checkpoints = Table(
+    "audit_checkpoints",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("body", Text, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    _time("anchored_at"),
+    Index("audit_checkpoints_unanchored", "number", postgresql_where=text("anchored_at IS NULL")),
+)
+
+audit_leaves = Table(
+    "audit_leaves",
+    metadata,
+    Column("checkpoint", BigInteger, nullable=False),
+    Column("run_id", Uuid, nullable=False),
+    Column("seq", Integer, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("checkpoint", "run_id"),
 )

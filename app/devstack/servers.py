@@ -18,6 +18,7 @@ from app.devstack.ports import LOOPBACK
 from app.devstack.processes import ProcessFailed, Reaper, Server
 from app.devstack.unprivileged import open_for_reading, open_the_way, user_for_postgres
 
+SERVICE_USER = "agent_service_login"
 _ORPHANS_SECONDS = 15.0
 
 
@@ -40,6 +41,7 @@ class Postgres(Server):
         super().__init__("postgres", directory=directory, log=directory / "log", reaper=reaper, port=port)
         self._data = directory / "data"
         self._password = directory / "password"
+        self._service_password = directory / "service-password"
         self._durable = durable
 
     @property
@@ -51,7 +53,22 @@ class Postgres(Server):
         return [str(_postgres_program("postgres")), "-D", str(self._data), "-p", str(self.port), *options]
 
     def url(self, database: str = "postgres") -> str:
+        """As the superuser, who owns everything here."""
         return f"postgresql://postgres:{self._password.read_text()}@{LOOPBACK}:{self.port}/{database}"
+
+    def service_url(self, database: str) -> str:
+        """As the user that the service logs in as; it has no rights but those that a migration gives its role."""
+        return f"postgresql://{SERVICE_USER}:{self._service_password.read_text()}@{LOOPBACK}:{self.port}/{database}"
+
+    def create_service_user(self) -> None:
+        """Make the user of `service_url`, where there is none."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            if connection.execute("SELECT FROM pg_roles WHERE rolname = %s", [SERVICE_USER]).rowcount:
+                return
+            self._service_password.touch(mode=0o600)
+            self._service_password.write_text(password := secrets.token_urlsafe(24))
+            statement = sql.SQL("CREATE ROLE {} LOGIN PASSWORD {}")
+            connection.execute(statement.format(sql.Identifier(SERVICE_USER), sql.Literal(password)))
 
     def create_database(self, name: str, *, template: str = "template1") -> str:
         """Make a database, where there is none of that name, and return its address."""

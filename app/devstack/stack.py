@@ -6,10 +6,12 @@ from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from app.db.migrate import upgrade
+from app.audit.keys import new_private_key_pem, public_key_pem
+from app.db.migrate import admit, upgrade
 from app.devstack.ports import LOOPBACK
 from app.devstack.processes import Process, Reaper, Server, start_together
-from app.devstack.servers import Postgres, Valkey
+from app.devstack.servers import SERVICE_USER, Postgres, Valkey
+from app.domain.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE = "agent_service"
@@ -73,7 +75,8 @@ class Stack:
     """The processes of one service. What is under `directory` belongs to this stack alone.
 
     `env`: the environment that the API and the worker get, besides what the stack knows itself. The stand-in model
-    is part of the stack unless it has an `OPENAI_API_KEY`.
+    is part of the stack unless it has an `OPENAI_API_KEY`. The audit is sealed with its `AUDIT_SIGNING_KEY`, or with a
+    key of the stack's own.
     `durable`: the data survives a crash of the machine. `api_port`: any free one by default.
     """
 
@@ -108,6 +111,12 @@ class Stack:
 
     @property
     def database_url(self) -> str:
+        """As the service's user."""
+        return self.postgres.service_url(DATABASE)
+
+    @property
+    def owner_url(self) -> str:
+        """As the owner, for migrations and erasure."""
         return self.postgres.url(DATABASE)
 
     @property
@@ -122,6 +131,35 @@ class Stack:
             env |= {"OPENAI_API_KEY": "stand-in", "OPENAI_BASE_URL": f"{self.model.address}/v1"}
         return env
 
+    @property
+    def audit_anchor(self) -> Path:
+        """Where the worker keeps the audit's checkpoints: always beside the database that they are of."""
+        return self.directory / "audit-checkpoints.jsonl"
+
+    @property
+    def audit_public_key(self) -> Path:
+        """What they are verified with. There once the service has been started."""
+        return self.directory / "audit-public-key.pem"
+
+    @property
+    def sealing_env(self) -> dict[str, str]:
+        """What only a worker is told."""
+        pem = self._env.get("AUDIT_SIGNING_KEY") or self._own_signing_key()
+        try:
+            self.audit_public_key.write_text(public_key_pem(pem))
+        except ValueError as error:
+            raise ConfigurationError(f"AUDIT_SIGNING_KEY is malformed: it {error}") from None
+        return {"AUDIT_SIGNING_KEY": pem, "AUDIT_ANCHOR": str(self.audit_anchor)}
+
+    def _own_signing_key(self) -> str:
+        file = self.directory / "audit-signing-key.pem"
+        if not file.exists():
+            unfinished = file.with_suffix(".new")
+            unfinished.touch(mode=0o600)
+            unfinished.write_text(new_private_key_pem())
+            unfinished.rename(file)
+        return file.read_text()
+
     def start(self) -> None:
         """Start everything, on a migrated database.
 
@@ -133,18 +171,20 @@ class Stack:
     def start_servers(self) -> None:
         """PostgreSQL with a migrated database, Valkey, the stand-in model."""
         start_together(*(process for process in self.processes if process not in (self.api, self.worker)))
+        self.postgres.create_service_user()
         upgrade(self.postgres.create_database(DATABASE))
+        admit(self.owner_url, SERVICE_USER)
 
     def start_service(self) -> None:
         """The API and the worker."""
-        for process in (self.worker, self.api):
-            process.env = self.env | process.own_env
+        self.api.env = self.env | self.api.own_env
+        self.worker.env = self.env | self.worker.own_env | self.sealing_env
         start_together(self.worker, self.api)
 
     def another_worker(self, name: str, **env: str) -> Worker:
         """One more worker, not yet started; whoever asks for it stops it."""
         worker = Worker(name, log=self.directory / f"{name}.log", reaper=self._reaper)
-        worker.env = self.env | worker.own_env | env
+        worker.env = self.env | worker.own_env | self.sealing_env | env
         return worker
 
     def another_api(self, name: str, **env: str) -> Api:

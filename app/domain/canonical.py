@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import rfc8785
 from pydantic import JsonValue
 
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -12,8 +13,14 @@ UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def canonical_json(value: JsonValue) -> str:
-    """Sorted keys, no spaces, UTF-8 as it is."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """RFC 8785 (JSON Canonicalization Scheme): anybody gets the same text, in any language.
+
+    An integer beyond 2^53, which that scheme has no exact form for, keeps its digits.
+    """
+    try:
+        return rfc8785.dumps(value).decode()
+    except rfc8785.IntegerDomainError:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def digest(value: JsonValue) -> str:

@@ -52,8 +52,8 @@ def objects(database_url: str) -> list[str]:
         ]
 
 
-def test_the_migrations_make_what_the_tables_say(database_url: str) -> None:
-    assert differences(database_url) == []
+def test_the_migrations_make_what_the_tables_say(owner_url: str) -> None:
+    assert differences(owner_url) == []
 
 
 def test_every_migration_goes_both_ways(empty_database: str) -> None:
@@ -88,7 +88,7 @@ def test_two_migrators_at_once_do_it_once(empty_database: str) -> None:
     assert differences(empty_database) == []
 
 
-def test_migrations_run_under_timeouts(database_url: str, tmp_path: Path) -> None:
+def test_migrations_run_under_timeouts(owner_url: str, tmp_path: Path) -> None:
     head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
     (tmp_path / "9999_look.py").write_text(f"""
 from alembic import op
@@ -102,21 +102,21 @@ def upgrade() -> None:
         " SELECT current_setting('lock_timeout') AS lock, current_setting('statement_timeout') AS statement"
     )
 """)
-    config = alembic_config(database_url)
+    config = alembic_config(owner_url)
     config.set_main_option("path_separator", "newline")
     config.set_main_option("version_locations", f"{MIGRATIONS / 'versions'}\n{tmp_path}")
     command.upgrade(config, "head")
-    with psycopg.connect(database_url) as connection:
+    with psycopg.connect(owner_url) as connection:
         assert connection.execute("SELECT * FROM seen").fetchone() == ("5s", "1min")
 
 
-def test_a_migration_that_would_wait_for_a_lock_gives_up_and_changes_nothing(database_url: str) -> None:
-    before = objects(database_url)
-    with psycopg.connect(database_url) as busy:
-        busy.execute("LOCK TABLE api_keys IN ACCESS SHARE MODE")
+def test_a_migration_that_would_wait_for_a_lock_gives_up_and_changes_nothing(owner_url: str) -> None:
+    before = objects(owner_url)
+    with psycopg.connect(owner_url) as busy:
+        busy.execute("LOCK TABLE runs IN ACCESS SHARE MODE")
         began = time.monotonic()
         with pytest.raises(OperationalError, match="lock timeout"):
-            downgrade(database_url, "base")
+            downgrade(owner_url, "base")
         assert 4 < time.monotonic() - began < 15
-    assert objects(database_url) == before
-    upgrade(database_url)  # and it does not hold the lock against other migrators
+    assert objects(owner_url) == before
+    upgrade(owner_url)  # and it does not hold the lock against other migrators
