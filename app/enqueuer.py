@@ -1,4 +1,4 @@
-"""Puts accepted runs on the queue in the background, in batches: no submitter waits for Redis.
+"""Puts accepted and decided runs on the queue in the background, in batches: no caller waits for Redis.
 
 A run that does not get there is marked, and the sweeper enqueues it when Redis is back. If this process dies first, the
 sweeper misses the run in Redis by itself.
@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,17 +24,29 @@ logger = logging.getLogger(__name__)
 MAX_BATCH = 100
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    run_id: UUID
+    priority: Priority
+    was_there: bool
+    """It has been on the queue before, and was marked in Postgres as it was put back."""
+
+
 class Enqueuer:
     """One for the process, used from its event loop."""
 
     def __init__(self, queue: RunQueue, engine: AsyncEngine) -> None:
         self._queue = queue
         self._engine = engine
-        self._pending: asyncio.Queue[tuple[UUID, Priority] | None] = asyncio.Queue()
+        self._pending: asyncio.Queue[_Pending | None] = asyncio.Queue()
 
     def put(self, run_id: UUID, priority: Priority) -> None:
         """The run has been committed: hand it to Redis soon. Returns at once."""
-        self._pending.put_nowait((run_id, priority))
+        self._pending.put_nowait(_Pending(run_id, priority, was_there=False))
+
+    def put_back(self, run_id: UUID, priority: Priority) -> None:
+        """The run goes on, and is marked for the sweeper: hand it to Redis soon. Returns at once."""
+        self._pending.put_nowait(_Pending(run_id, priority, was_there=True))
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -56,7 +69,21 @@ class Enqueuer:
                 batch.append(following)
             await self._enqueue(batch)
 
-    async def _enqueue(self, batch: list[tuple[UUID, Priority]]) -> None:
+    async def _enqueue(self, batch: list[_Pending]) -> None:
+        if fresh := [(run.run_id, run.priority) for run in batch if not run.was_there]:
+            await self._enqueue_fresh(fresh)
+        if back := [(run.run_id, run.priority) for run in batch if run.was_there]:
+            await self._put_back(back)
+
+    async def _put_back(self, batch: list[tuple[UUID, Priority]]) -> None:
+        # failpoint: before_put_back
+        try:
+            await asyncio.to_thread(self._queue.put_back, batch)
+            # failpoint: after_put_back
+        except QueueUnavailable as error:
+            logger.warning("not put back, the sweeper will: %s", error, extra={"fields": {"runs": len(batch)}})
+
+    async def _enqueue_fresh(self, batch: list[tuple[UUID, Priority]]) -> None:
         # failpoint: before_enqueue
         try:
             await asyncio.to_thread(self._queue.enqueue, batch)

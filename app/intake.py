@@ -1,31 +1,23 @@
-"""What comes in from outside: submissions, cancellations and decisions. Postgres first, then Redis is told."""
+"""What callers want of runs: submissions and cancellations. Postgres first, then Redis is told."""
 
 import asyncio
-import logging
 from dataclasses import dataclass
 from decimal import Decimal
 from uuid import UUID
 
-import anyio.to_thread
 from pydantic import JsonValue, ValidationError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import signals
-from app.db import reviews, runs
-from app.db.engine import transactional
+from app.db import runs
 from app.domain.agent import Agent, Limits
 from app.domain.canonical import digest
 from app.domain.errors import (
-    ArgumentsChanged,
-    Conflict,
     FieldError,
     IdempotencyMismatch,
     InvalidRequest,
     LimitRaised,
     NotFound,
-    QueueUnavailable,
-    ReviewDecided,
-    ReviewExpired,
     RunEnded,
     UnknownAgent,
     UnpricedModel,
@@ -33,15 +25,11 @@ from app.domain.errors import (
 from app.domain.ids import new_id
 from app.domain.pointer import MAX_ERRORS, field_errors, unstorable
 from app.domain.principal import Principal
-from app.domain.review import DECISIONS, Decision, Review, ReviewStatus
 from app.domain.run import NewRun, Priority, Run, RunStatus
 from app.enqueuer import Enqueuer
 from app.prices import PriceTable
-from app.queue import RunQueue
 from app.registry import Registry, models_of
 from app.signals import Signals
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,22 +53,10 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What a person decided about the arguments that `args_hash` pins. `end_run` goes with `reject` only."""
-
-    decision: Decision
-    args_hash: str
-    reason: str | None
-    response: str | None
-    end_run: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Intake:
     """Takes in what callers ask for, in the name of their tenant."""
 
     engine: AsyncEngine
-    queue: RunQueue
     enqueuer: Enqueuer
     signals: Signals
     agents: Registry
@@ -124,40 +100,6 @@ class Intake:
             self.signals.publish(signals.CANCELLED, run_id), self.signals.publish(signals.RESTED, run_id)
         )
         return run
-
-    async def decide_review(self, caller: Principal, review_id: UUID, verdict: Verdict) -> Review:
-        """Write down a decision, once; the run goes on when nothing else is left to decide, or ends with `end_run`.
-
-        Raises `NotFound`, `InvalidRequest`, `ReviewDecided`, `ReviewExpired`, `ArgumentsChanged`, `Conflict`.
-        """
-        priority, ended = None, False
-        async with transactional(self.engine).begin() as connection:
-            review = await reviews.get(connection, review_id, caller.tenant)
-            if review is None:
-                raise NotFound("no such review")
-            _check_verdict(review, verdict)
-            await reviews.lock_run(connection, review.run_id)
-            decided = await reviews.decide(
-                connection,
-                review,
-                verdict.decision,
-                actor=caller.actor,
-                args_hash=verdict.args_hash,
-                reason=verdict.reason,
-                response=verdict.response,
-            )
-            if decided is None:
-                raise _too_late(await reviews.get(connection, review_id, caller.tenant), verdict)
-            if verdict.end_run:
-                ended = await reviews.reject_run(connection, review.run_id, actor=caller.actor, reason=verdict.reason)
-            else:
-                priority = await reviews.resume_run(connection, review.run_id, actor=caller.actor)
-        # failpoint: after_decision
-        if ended:
-            await self.signals.publish(signals.RESTED, review.run_id)
-        if priority is not None:
-            await self._enqueue_again(review.run_id, priority)
-        return decided
 
     async def _accepted_before(self, caller: Principal, submission: Submission) -> Run | None:
         if submission.idempotency_key is None:
@@ -217,15 +159,6 @@ class Intake:
             raise RunEnded(f"the run has {run.status}: there is nothing to cancel")
         return run
 
-    async def _enqueue_again(self, run_id: UUID, priority: Priority) -> None:
-        """Tell Redis. Where it is away, the sweeper will: Postgres has the run, and nothing is wrong for the caller."""
-        try:
-            await anyio.to_thread.run_sync(self.queue.enqueue_again, run_id, priority)
-        except QueueUnavailable as error:
-            logger.warning("not enqueued, the sweeper will: %s", error, extra={"fields": {"run_id": str(run_id)}})
-            async with self.engine.connect() as connection:
-                await runs.mark_needs_enqueue(connection, [run_id])
-
 
 def _valid_input(agent: Agent, value: JsonValue) -> JsonValue:
     try:
@@ -257,28 +190,3 @@ def _lowered(agent: Agent, asked: Limits) -> Limits:
 
 def _is_above(value: Decimal | float | None, allowed: Decimal | float | None) -> bool:
     return allowed is not None and (value is None or value > allowed)
-
-
-def _check_verdict(review: Review, verdict: Verdict) -> None:
-    """Raises `InvalidRequest` for a decision that makes no sense for this review."""
-    errors = []
-    if verdict.decision not in DECISIONS[review.kind]:
-        possible = " or ".join(sorted(DECISIONS[review.kind]))
-        errors.append(FieldError("#/decision", f"for a review of kind {review.kind} must be {possible}"))
-    if (verdict.response is not None) != (verdict.decision is Decision.RESPOND):
-        errors.append(FieldError("#/response", "goes with the decision respond, and only with it"))
-    if verdict.end_run and verdict.decision is not Decision.REJECT:
-        errors.append(FieldError("#/end_run", "goes with the decision reject only"))
-    if errors:
-        raise InvalidRequest("this cannot be decided here", errors=tuple(errors))
-
-
-def _too_late(review: Review | None, verdict: Verdict) -> Conflict:
-    """Why a decision did not count."""
-    if review is None or review.status is ReviewStatus.VOID:
-        return Conflict("the run has ended, there is nothing left to decide")
-    if review.status is ReviewStatus.DECIDED:
-        return ReviewDecided(f"the review was decided at {review.decided_at}: {review.decision}")
-    if review.status is ReviewStatus.PENDING and review.args_hash != verdict.args_hash:
-        return ArgumentsChanged("args_hash is not that of the review: read it again before you decide")
-    return ReviewExpired(f"the review expired at {review.expires_at}")

@@ -16,6 +16,7 @@ from app.api.waiters import Waiters
 from app.config import Settings
 from app.db.engine import make_engine
 from app.db.schema import newest_revision
+from app.decisions import Decisions
 from app.enqueuer import Enqueuer
 from app.intake import Intake
 from app.prices import load_prices
@@ -93,7 +94,6 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
     enqueuer = Enqueuer(queue, engine)
     intake = Intake(
         engine=engine,
-        queue=queue,
         enqueuer=enqueuer,
         signals=signals,
         agents=registry,
@@ -109,6 +109,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
                 waiters=waiters,
                 agents=registry,
                 intake=intake,
+                decisions=Decisions(engine=engine, enqueuer=enqueuer, signals=signals, agents=registry),
                 newest_revision=newest_revision(),
             )
     finally:

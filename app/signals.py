@@ -32,6 +32,7 @@ class Signals:
         self._redis = Redis.from_url(
             redis_url, socket_connect_timeout=1.0, socket_timeout=5.0, retry=Retry(NoBackoff(), 0)
         )
+        self._publishing: set[asyncio.Task[None]] = set()
 
     async def publish(self, channel: str, run_id: UUID) -> None:
         """Best effort: a Redis that is away is logged and forgotten."""
@@ -39,6 +40,12 @@ class Signals:
             await self._redis.publish(channel, str(run_id))
         except _AWAY as error:
             logger.warning("signal lost: %s", error, extra={"fields": {"channel": channel}})
+
+    def publish_soon(self, channel: str, run_id: UUID) -> None:
+        """Publish in the background. Returns at once, also where Redis hangs."""
+        task = asyncio.create_task(self.publish(channel, run_id))
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
 
     async def is_reachable(self) -> bool:
         """Does Redis answer?"""
@@ -69,6 +76,8 @@ class Signals:
             yield
 
     async def aclose(self) -> None:
+        if self._publishing:
+            await asyncio.wait(self._publishing, timeout=1.0)
         await self._redis.aclose()
 
 

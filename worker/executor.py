@@ -8,11 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from random import Random
 from uuid import UUID
 
-from pydantic import JsonValue
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -22,6 +20,7 @@ from app.db import leases, reviews, steps
 from app.domain.agent import Agent
 from app.domain.canonical import digest
 from app.domain.errors import LeaseLost, ModelError
+from app.domain.review import Review
 from app.domain.run import Claim, Priority, Run, StopReason
 from app.logging import bind
 from app.prices import PriceTable
@@ -32,7 +31,7 @@ from worker.lease import Held, Interruption, Leases, local_now
 from worker.limits import most_output_tokens
 from worker.llm.base import Model, ModelRequest
 from worker.llm.retry import Answer, RetryPolicy, complete
-from worker.loop import Answered, HandedBack, Outcome, Stopped, Suspended, run_loop
+from worker.loop import Answered, HandedBack, Outcome, Stopped, Suspended, run_loop, stopped_by
 from worker.state import RunState
 from worker.tools.call import ToolCaller
 from worker.transcript import transcript
@@ -216,18 +215,27 @@ class Executor:
                 held,
                 lease_seconds=self._leases.lease_seconds,
                 actor=self._actor,
-                versions=self._versions(agent, run.input),
+                versions={
+                    "agent": agent.name,
+                    "agent_version": agent.version,
+                    "prompt_sha256": agent.prompt_sha256,
+                    "prices_sha256": self._prices.digest,
+                },
+                instructions_sha256=(
+                    None if isinstance(agent.instructions, str) else digest(agent.render_instructions(run.input))
+                ),
             )
-            async with asyncio.timeout(max(0.0, state.time_left())):
-                outcome = await run_loop(
-                    state,
-                    journal=journal,
-                    asker=self._asker,
-                    caller=self._caller.under(held.sure_for),
-                    draining=lambda: self._draining,
-                )
-        except TimeoutError:
-            return Stopped(StopReason.DEADLINE), None
+            try:
+                async with asyncio.timeout(max(0.0, state.time_left())):
+                    outcome = await run_loop(
+                        state,
+                        journal=journal,
+                        asker=self._asker,
+                        caller=self._caller.under(held.sure_for),
+                        draining=lambda: self._draining,
+                    )
+            except TimeoutError:
+                outcome = stopped_by(StopReason.DEADLINE, state)
         except ModelError as error:
             logger.warning("model error", extra={"fields": {"error": str(error)}})
             return Stopped(StopReason.MODEL_ERROR), "The model gave no usable reply."
@@ -241,11 +249,15 @@ class Executor:
 
     async def _load(self, run: Run, agent: Agent) -> RunState:
         recorded = []
-        decided = {}
+        asked: dict[int, list[Review]] = {}
         if run.attempt > 1:
             async with self._engine.connect() as connection:
                 recorded = list(await steps.steps_of(connection, run.id))
-                decided = {review.seq: review for review in await reviews.of_run(connection, run.id)}
+                found = await reviews.of_run(connection, run.id)
+            # By Postgres' clock: their ids have the time of the worker that asked.
+            for review in sorted(found, key=lambda review: review.created_at):
+                if review.seq is not None:
+                    asked.setdefault(review.seq, []).append(review)
         models = models_of(agent, self._model_override)
         return RunState(
             run=run,
@@ -253,7 +265,7 @@ class Executor:
             models=models,
             prices={model: self._prices[model] for model in models},
             steps=recorded,
-            reviews=decided,
+            reviews=asked,
             usage=run.usage,
         )
 
@@ -270,17 +282,9 @@ class Executor:
                         claim,
                         questions,
                         actor=self._actor,
-                        expires_in=timedelta(seconds=self._agents[claim.run.agent].review_expires_s),
+                        rules=self._agents[claim.run.agent].review_rules,
                     )
                 case HandedBack():
                     await leases.requeue(connection, claim, actor=self._actor, why="drain")
                     return
         await self._signals.publish(RESTED, claim.run.id)
-
-    def _versions(self, agent: Agent, run_input: JsonValue) -> dict[str, JsonValue]:
-        return {
-            "agent": agent.name,
-            "agent_version": agent.version,
-            "instructions_sha256": digest(agent.render_instructions(run_input)),
-            "prices_sha256": self._prices.digest,
-        }

@@ -10,14 +10,15 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from app.domain.review import ReviewKind, ReviewRequest
+from app.domain.review import ReviewRequest
 from app.domain.run import RunUsage, StopReason
 from app.domain.step import ModelStep, Step, ToolState, ToolStep
-from worker.limits import exceeded
+from worker import questions
+from worker.limits import escalation, exceeded
 from worker.llm.retry import Answer
 from worker.output import correction, read_output
 from worker.state import RunState
-from worker.tools.plan import PlannedCall, plan, question
+from worker.tools.plan import PlannedCall, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,6 @@ class HandedBack:
 
 
 Outcome = Answered | Stopped | Suspended | HandedBack
-
 
 NOTHING = RunUsage()
 """What a step that asks no model uses."""
@@ -85,11 +85,17 @@ async def run_loop(
         if state.answer is not None:
             return Answered(read_output(state.agent, state.answer.content))
         if (reason := exceeded(state)) is not None:
-            return Stopped(reason)
+            return stopped_by(reason, state)
         if draining():
             return HandedBack()
         if reviews := await take_step(state, journal=journal, asker=asker, caller=caller):
             return Suspended(reviews)
+
+
+def stopped_by(reason: StopReason, state: RunState) -> Outcome:
+    """A limit is reached: the run ends, or waits for a person who may raise it."""
+    request = escalation(state, reason)
+    return Stopped(reason) if request is None else Suspended([request])
 
 
 async def take_step(state: RunState, *, journal: Journal, asker: Asker, caller: Caller) -> Sequence[ReviewRequest]:
@@ -121,7 +127,7 @@ async def take_step(state: RunState, *, journal: Journal, asker: Asker, caller: 
         if results:
             await record(results)
     # failpoint: after_results_recorded
-    doubts = [question(ReviewKind.IN_DOUBT, step) for step in results if step.state is ToolState.IN_DOUBT]
+    doubts = [questions.in_doubt(step) for step in results if step.state is ToolState.IN_DOUBT]
     return [*todo.questions, *doubts]
 
 

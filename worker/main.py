@@ -32,6 +32,7 @@ from worker.lease import Leases
 from worker.llm.openai import OpenAIModel
 from worker.llm.retry import RetryPolicy
 from worker.queue_worker import ConcurrentWorker
+from worker.sealer import open_sealer
 from worker.sweeper import Sweeper
 from worker.tools.call import ToolCaller
 from worker.watchdog import Watchdog
@@ -42,8 +43,8 @@ RUN_CONNECTIONS = 10
 """Connections to Postgres that all runs share; a run uses one only while a statement lasts."""
 TOOL_CONNECTIONS = 5
 """Those of `ctx.db`: however slow the tools' queries are, the runs' own statements do not wait for them."""
-VITAL_CONNECTIONS = 4
-"""Those of heartbeat, sweeper and probe: what keeps the leases waits for neither."""
+VITAL_CONNECTIONS = 6
+"""Those of heartbeat, sweeper, sealer and probe: what keeps the leases waits for neither."""
 TOOL_THREADS = 32
 TOOL_PATIENCE_SECONDS = 600.0
 """How long `ctx.db` waits for a connection; the timeout of the tool is nearly always shorter."""
@@ -138,6 +139,7 @@ async def run_worker(settings: Settings) -> None:
             leases.drop(run_id)
             await signals.publish(RESTED, run_id)
 
+        sealer = open_sealer(settings, vital_engine)
         watchdog = Watchdog(ends_after=max(ENDS_AFTER_LEASES * settings.lease_seconds, ENDS_AFTER_SECONDS))
         vital = [
             await stack.enter_async_context(in_background(work))
@@ -146,6 +148,7 @@ async def run_worker(settings: Settings) -> None:
                 leases.keep(),
                 Sweeper(vital_engine, queue, signals).keep_sweeping(),
                 signals.listen(CANCELLED, leases.drop),
+                *([sealer.keep_sealing()] if sealer else []),
             )
         ]
         watchdog.start()

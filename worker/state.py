@@ -1,5 +1,6 @@
 """Where a run stands: its recorded steps and what follows from them. Nothing else is kept, so resuming is starting."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,6 @@ from dataclasses import dataclass, field
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from app.domain.agent import Agent
-from app.domain.canonical import canonical_json
 from app.domain.review import Review
 from app.domain.run import Run, RunUsage
 from app.domain.step import ModelStep, Step, ToolCall, ToolState, ToolStep
@@ -31,7 +31,7 @@ class RunState:
     """A run in a worker's hands.
 
     `models` are asked in this order; `prices` holds their prices, None for a model without one.
-    `reviews`: the latest review of each step that has one. `started_at`: monotonic seconds at the claim.
+    `reviews`: those about each step that has any, oldest first. `started_at`: monotonic seconds at the claim.
     """
 
     run: Run
@@ -39,7 +39,7 @@ class RunState:
     models: Sequence[str]
     prices: Mapping[str, Price | None]
     steps: list[Step]
-    reviews: Mapping[int, Review]
+    reviews: Mapping[int, Sequence[Review]]
     usage: RunUsage
     started_at: float = field(default_factory=time.monotonic)
 
@@ -122,7 +122,7 @@ def _failure(reply: ModelStep, results: Sequence[ToolStep]) -> Step | None:
 
 def _comparable(arguments: str) -> str:
     try:
-        return canonical_json(_JSON.validate_json(arguments))
+        return json.dumps(_JSON.validate_json(arguments), sort_keys=True)
     except ValidationError:
         return arguments
 

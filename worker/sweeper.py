@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app.background import within
-from app.db import rescue, reviews, sweep
+from app.db import expiry, rescue, sweep
 from app.db.engine import transactional
 from app.db.sweep import Queued
 from app.domain.errors import QueueUnavailable
@@ -73,19 +73,24 @@ class Sweeper:
                 await self._refill(lock)
 
     async def _put_right(self, lock: AsyncConnection) -> bool:
-        """End and queue what nobody else does any more. True: more runs are marked than went to Redis in one go."""
+        """End and queue what nobody else does any more. True: more is left to do than was done in one go."""
         async with self._engine.connect() as connection:
             overdue = await rescue.end_overdue(connection, grace_seconds=DEADLINE_GRACE_SECONDS, limit=BATCH)
             requeued, given_up = await rescue.rescue_expired(connection, limit=BATCH)
-            expired = await reviews.expire_due(connection, limit=BATCH)
+        async with self._transactional.begin() as connection:
+            expired = await expiry.expire_due(connection, limit=BATCH)
         # failpoint: after_rescue
+        if expired.reviews:
+            fields = {"reviews": expired.reviews, "ended": len(expired.ended), "queued": len(expired.queued)}
+            logger.info("reviews were not decided in time", extra={"fields": fields})
         if overdue or requeued or given_up:
             fields = {"overdue": len(overdue), "requeued": len(requeued), "given_up": len(given_up)}
             logger.warning("runs were not ended by their workers", extra={"fields": fields})
         await self._publish(CANCELLED, overdue)
-        await self._publish(RESTED, [*overdue, *given_up, *expired])
+        await self._publish(RESTED, [*overdue, *given_up, *expired.ended])
         marked = await sweep.marked_for_enqueue(lock, limit=BATCH)
-        return await self._put_back(marked) > 0 and len(marked) == BATCH
+        are_left = await self._put_back(marked) > 0 and len(marked) == BATCH
+        return are_left or expired.reviews >= BATCH
 
     async def _forget_rested(self, lock: AsyncConnection) -> None:
         """Let Redis forget runs that came to rest, in a worker that died before it could say so or broke after that."""

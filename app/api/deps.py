@@ -13,13 +13,14 @@ from starlette.requests import Request
 from app.api.waiters import Waiters
 from app.config import Settings
 from app.db import keys
-from app.domain.errors import MissingScope, Unauthorized
+from app.decisions import Decisions
+from app.domain.errors import REALM, MissingScope, Unauthorized
 from app.domain.principal import Principal, Scope
 from app.intake import Intake
 from app.registry import Registry
 from app.signals import Signals
 
-_REALM = 'Bearer realm="agent-service"'
+_BEARER = f'Bearer realm="{REALM}"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Services:
     waiters: Waiters
     agents: Registry
     intake: Intake
+    decisions: Decisions
     newest_revision: str
     """The database's schema must be at least here."""
 
@@ -53,32 +55,34 @@ class _ApiKey(SecurityBase):
         description="An API key. Each operation names the scope that the key needs; `admin` includes all.",
     )
 
+    def __init__(self, *, or_else: Scope | None = None) -> None:
+        self._or_else = or_else
+        """A scope that will do as well."""
+
     async def __call__(self, request: Request, wanted: SecurityScopes) -> Principal:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
-            raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _REALM})
+            raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _BEARER})
         services: Services = request.app.state.services
         async with services.engine.connect() as connection:
             caller = await keys.authenticate(connection, key.strip())
         if caller is None:
             raise Unauthorized(
                 "this API key is unknown, expired or revoked",
-                headers={"WWW-Authenticate": f'{_REALM}, error="invalid_token"'},
+                headers={"WWW-Authenticate": f'{_BEARER}, error="invalid_token"'},
             )
         request.state.tenant = caller.tenant
         for scope in wanted.scopes:
-            if not caller.has(Scope(scope)):
-                raise MissingScope(
-                    f"the API key needs the scope {scope}",
-                    headers={"WWW-Authenticate": f'{_REALM}, error="insufficient_scope", scope="{scope}"'},
-                )
+            if not caller.has(Scope(scope)) and not (self._or_else and caller.has(self._or_else)):
+                raise MissingScope(scope, f"the API key needs the scope {scope}")
         return caller
 
 
 _api_key = _ApiKey()
+_reviewers_key = _ApiKey(or_else=Scope.REVIEWS_ESCALATED)  # which of the two it takes, the review's queue says
 
 RunReader = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_READ.value])]
 RunWriter = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_WRITE.value])]
 AuditReader = Annotated[Principal, Security(_api_key, scopes=[Scope.AUDIT_READ.value])]
 ReviewReader = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_READ.value])]
-Reviewer = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_DECIDE.value])]
+Reviewer = Annotated[Principal, Security(_reviewers_key, scopes=[Scope.REVIEWS_DECIDE.value])]

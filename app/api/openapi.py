@@ -10,7 +10,8 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from app.api.errors import PROBLEM_JSON
 from app.api.examples import EXAMPLES
 from app.api.middleware import REQUEST_ID, REQUEST_ID_PATTERN
-from app.api.schemas import DecideReview, Problem, SubmitRun
+from app.api.review_schemas import DecideReview
+from app.api.schemas import Problem, SubmitRun
 from app.domain.agent import Agent
 from app.registry import Registry
 
@@ -19,7 +20,7 @@ Responses = dict[int | str, dict[str, Any]]
 _SCHEMAS = "#/components/schemas/"
 _WHY = {
     401: "The API key is missing, unknown, expired or revoked.",
-    403: "The API key does not have the scope.",
+    403: "The API key does not have the scope; or the agent demands four eyes, and this key has a part in the run.",
     404: "Missing, malformed, or another tenant's: one answer for all.",
     409: "Not possible any more.",
     413: "The body has more than 1 MiB.",

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api import schemas
+from app.api.access import note_read
 from app.api.body import JsonBody
 from app.api.deps import AuditReader, RunReader, RunWriter, Services, ServicesDep
 from app.api.openapi import json_body, problems
@@ -39,6 +40,10 @@ IdempotencyKey = Annotated[
 class RunQuery(PageById):
     status: RunStatus | None = Field(None, description="Only runs in this state.")
     agent: str | None = Field(None, pattern="^[a-z][a-z0-9_-]{0,63}$", description="Only runs of this agent.")
+
+
+class AuditQuery(PageBySeq):
+    limit: int = Field(50, ge=2, le=100, description="Entries on a page, at most. Reading a page adds one itself.")
 
 
 class WaitQuery(BaseModel):
@@ -94,15 +99,19 @@ async def submit_run(
     response.headers["Location"] = f"/v1/runs/{run.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
+        await note_read(request, services, caller, [run.id], "run")
     return schemas.Run.of(run)
 
 
 @router.get("/v1/runs", operation_id="listRuns", summary="List runs, newest first", responses=problems(422))
-async def list_runs(caller: RunReader, services: ServicesDep, query: Annotated[RunQuery, Query()]) -> schemas.RunList:
+async def list_runs(
+    request: Request, caller: RunReader, services: ServicesDep, query: Annotated[RunQuery, Query()]
+) -> schemas.RunList:
     where = runs.RunFilter(status=query.status, agent=query.agent, before=query.cursor)
     async with services.engine.connect() as connection:
         found = await runs.list_newest(connection, caller.tenant, where, limit=query.limit + 1)
     page, next_cursor = cut(found, query.limit, lambda run: id_cursor(run.id))
+    await note_read(request, services, caller, [run.id for run in page], "runs")
     return schemas.RunList(data=[schemas.Run.of(run) for run in page], next_cursor=next_cursor)
 
 
@@ -120,6 +129,7 @@ async def get_run(
         run = await _when_at_rest(request, services, run_id, caller.tenant, seconds=query.wait)
     else:
         run = await _find(services, run_id, caller.tenant)
+    await note_read(request, services, caller, [run_id], "run")
     return schemas.Run.of(run)
 
 
@@ -130,12 +140,13 @@ async def get_run(
     responses=problems(404, 422),
 )
 async def list_steps(
-    caller: RunReader, services: ServicesDep, run_id: RunId, query: Annotated[PageBySeq, Query()]
+    request: Request, caller: RunReader, services: ServicesDep, run_id: RunId, query: Annotated[PageBySeq, Query()]
 ) -> schemas.StepList:
     await _find(services, run_id, caller.tenant)
     after = -1 if query.cursor is None else query.cursor
     async with services.engine.connect() as connection:
         found = await steps.steps_of(connection, run_id, after=after, limit=query.limit + 1)
+    await note_read(request, services, caller, [run_id], "steps")
     return schemas.StepList.of(*cut(found, query.limit, lambda step: seq_cursor(step.seq)))
 
 
@@ -146,12 +157,13 @@ async def list_steps(
     responses=problems(404, 422),
 )
 async def list_audit_events(
-    caller: AuditReader, services: ServicesDep, run_id: RunId, query: Annotated[PageBySeq, Query()]
+    request: Request, caller: AuditReader, services: ServicesDep, run_id: RunId, query: Annotated[AuditQuery, Query()]
 ) -> schemas.AuditEventList:
     await _find(services, run_id, caller.tenant)
     async with services.engine.connect() as connection:
         found = await audit.events_of(connection, run_id, caller.tenant, after=query.cursor or 0, limit=query.limit + 1)
     page, next_cursor = cut(found, query.limit, lambda event: seq_cursor(event.seq))
+    await note_read(request, services, caller, [run_id], "audit")
     return schemas.AuditEventList(data=[schemas.AuditEvent.of(event) for event in page], next_cursor=next_cursor)
 
 
@@ -163,8 +175,10 @@ async def list_audit_events(
     response_description="Cancelled, now or before. A model call under way is abandoned.",
     responses=problems(404, 409),
 )
-async def cancel_run(caller: RunWriter, services: ServicesDep, run_id: RunId) -> schemas.Run:
-    return schemas.Run.of(await services.intake.cancel_run(caller, run_id))
+async def cancel_run(request: Request, caller: RunWriter, services: ServicesDep, run_id: RunId) -> schemas.Run:
+    run = await services.intake.cancel_run(caller, run_id)
+    await note_read(request, services, caller, [run_id], "run")
+    return schemas.Run.of(run)
 
 
 async def _find(services: Services, run_id: UUID, tenant: str) -> Run:

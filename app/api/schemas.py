@@ -20,8 +20,6 @@ from pydantic_core import PydanticCustomError
 from app.domain.agent import Agent as DomainAgent
 from app.domain.agent import Limits as DomainLimits
 from app.domain.audit import AuditEvent as DomainAuditEvent
-from app.domain.review import Decision, ReviewKind, ReviewStatus
-from app.domain.review import Review as DomainReview
 from app.domain.run import Priority, RunStatus, StopReason
 from app.domain.run import Run as DomainRun
 from app.domain.step import ModelStep as DomainModelStep
@@ -85,20 +83,6 @@ class SubmitRun(BaseModel):
     priority: Literal["normal", "high"] = Field("normal", description="High goes to the front of the queue.")
 
 
-class DecideReview(BaseModel):
-    """A person's decision."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    decision: Literal["approve", "reject", "respond"] = Field(
-        description="`respond` only for a call in doubt: it happened, and `response` was its result."
-    )
-    args_hash: str = Field(pattern="^[0-9a-f]{64}$", description="The review's, as you read it: pins what you saw.")
-    reason: str | None = Field(None, max_length=2_000, description="Told to the model with a rejection.")
-    response: str | None = Field(None, max_length=20_000, description="The result of the call, with `respond`.")
-    end_run: bool = Field(False, description="With `reject`: end the run instead of telling the model.")
-
-
 # --- answers ------------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +131,7 @@ class Run(Answer):
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    erased_at: datetime | None = Field(description="When what people and models wrote was erased.")
 
     @classmethod
     def of(cls, run: DomainRun) -> Self:
@@ -166,10 +151,13 @@ class ModelStep(DomainModelStep):
     cost_usd: Dollars | None = None
 
 
+Step = Annotated[ModelStep | ToolStep, Field(discriminator="kind")]
+
+
 class StepList(Answer):
     """In the order in which they happened."""
 
-    data: list[Annotated[ModelStep | ToolStep, Field(discriminator="kind")]]
+    data: list[Step]
     next_cursor: str | None
 
     @classmethod
@@ -183,9 +171,12 @@ class AuditEvent(Answer):
     run_id: UUID
     seq: int
     at: datetime
-    actor: str = Field(description="`key:…`, `worker:…` or `sweeper`.")
+    actor: str = Field(description="`key:…`, `worker:…`, `sweeper` or `operator:…`.")
     kind: str
     data: dict[str, JsonValue]
+    payload: JsonValue = Field(description="What people and models wrote; null: there was nothing, or it was erased.")
+    payload_sha256: str | None = Field(description="SHA-256 of its salt and its canonical JSON.")
+    hash: str = Field(description="SHA-256 of the event, chained to the one before it.")
 
     @classmethod
     def of(cls, event: DomainAuditEvent) -> Self:
@@ -196,38 +187,6 @@ class AuditEventList(Answer):
     """In the order in which they happened."""
 
     data: list[AuditEvent]
-    next_cursor: str | None
-
-
-class Review(Answer):
-    """A question to a person about one tool call: may it be made, or, in doubt, did it happen?"""
-
-    id: UUID
-    run_id: UUID
-    agent: str
-    kind: ReviewKind
-    seq: int = Field(description="The step that this call is, or would be.")
-    tool: str
-    arguments: JsonValue
-    args_hash: str = Field(description="SHA-256 of the canonical arguments; send it back with the decision.")
-    status: ReviewStatus
-    decision: Decision | None
-    reason: str | None
-    response: str | None
-    decided_by: str | None
-    created_at: datetime
-    decided_at: datetime | None
-    expires_at: datetime
-
-    @classmethod
-    def of(cls, review: DomainReview) -> Self:
-        return cls.model_validate(review)
-
-
-class ReviewList(Answer):
-    """Newest first."""
-
-    data: list[Review]
     next_cursor: str | None
 
 

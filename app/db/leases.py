@@ -6,7 +6,6 @@ zero rows mean that somebody else owns the run, or that it has ended: `LeaseLost
 
 import json
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,6 +18,7 @@ from app.db.audit import audit_parameters
 from app.db.fetch import fetch, fetch_one
 from app.db.runs import COLUMNS, run_of
 from app.db.steps import step_parameters
+from app.domain.agent import ReviewRules
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
@@ -154,22 +154,27 @@ async def record(
 
 _SUSPEND = text(f"""
     WITH held AS (
-        UPDATE runs SET status = 'waiting', {_LET_GO} WHERE {_HELD} RETURNING id, tenant, agent
+        UPDATE runs SET status = 'waiting', {_LET_GO} WHERE {_HELD} RETURNING id, tenant, agent, api_key_id
     ), doubted AS (
         UPDATE steps SET state = 'in_doubt' FROM held WHERE run_id = held.id AND state = 'intended'
     ), asked AS (
-        INSERT INTO reviews (id, tenant, run_id, agent, kind, seq, tool, arguments, args_hash, status, expires_at)
+        INSERT INTO reviews (id, tenant, run_id, agent, kind, seq, tool, arguments, args_hash, why, stop_reason, barred,
+                             on_expiry, expires_s, status, expires_at)
         SELECT review.id, held.tenant, held.id, held.agent, review.kind, review.seq, review.tool, review.arguments,
-               review.args_hash, 'pending', now() + make_interval(secs => :expires_in)
+               review.args_hash, review.why, review.stop_reason,
+               CASE WHEN :four_eyes
+                    THEN array_remove(ARRAY['key:' || held.api_key_id, review.editor], NULL) ELSE '{{}}' END,
+               :on_expiry, :expires_s, 'pending', now() + make_interval(secs => :expires_s)
         FROM held, jsonb_to_recordset(CAST(:reviews AS jsonb))
-             AS review (id uuid, kind text, seq int, tool text, arguments jsonb, args_hash text)
+             AS review (id uuid, kind text, seq int, tool text, arguments jsonb, args_hash text, why text,
+                        stop_reason text, editor text)
     )
     SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
 """)  # noqa: S608
 
 
 async def suspend(
-    connection: AsyncConnection, claim: Claim, reviews: Sequence[ReviewRequest], *, actor: str, expires_in: timedelta
+    connection: AsyncConnection, claim: Claim, reviews: Sequence[ReviewRequest], *, actor: str, rules: ReviewRules
 ) -> None:
     """running → waiting, with the questions that have to be answered before it goes on.
 
@@ -179,7 +184,8 @@ async def suspend(
     entries = [
         AuditEntry(
             AuditKind.REVIEW_REQUESTED,
-            {"review": row["id"], "kind": row["kind"], "tool": row["tool"], "args_sha256": row["args_hash"]},
+            {name: row[name] for name in ("id", "kind", "seq", "tool", "stop_reason")},
+            {"arguments": row["arguments"], "args_hash": row["args_hash"], "why": row["why"]},
         )
         for row in rows
     ]
@@ -189,20 +195,16 @@ async def suspend(
         claim,
         {
             "reviews": json.dumps(rows),
-            "expires_in": expires_in.total_seconds(),
+            "four_eyes": rules.four_eyes,
+            "on_expiry": rules.on_expiry,
+            "expires_s": rules.expires_s,
             **audit_parameters(actor, *entries, AuditEntry(AuditKind.RUN_SUSPENDED)),
         },
     )
 
 
 def _review_row(review: ReviewRequest) -> dict[str, JsonValue]:
-    return {
-        "kind": review.kind,
-        "seq": review.seq,
-        "tool": review.tool,
-        "arguments": review.arguments,
-        "args_hash": review.args_hash,
-    }
+    return {name: getattr(review, name) for name in ReviewRequest.__dataclass_fields__}
 
 
 _REQUEUE = text(f"""
@@ -251,7 +253,8 @@ async def finish(
 
     Raises `LeaseLost`.
     """
-    data: dict[str, JsonValue] = {"stop_reason": reason}
+    left: dict[str, JsonValue] = {"output": output, "error": error}
+    entry = AuditEntry(_END[reason.status], {"stop_reason": reason}, left)
     await _write(
         connection,
         _FINISH,
@@ -261,7 +264,7 @@ async def finish(
             "stop_reason": reason,
             "output": None if output is None else json.dumps(output),
             "error": error,
-            **audit_parameters(actor, AuditEntry(_END[reason.status], data)),
+            **audit_parameters(actor, entry),
         },
     )
 

@@ -1,6 +1,7 @@
 """Running runs that their workers do not end any more: a lease that is over, a deadline that is long past.
 
-Each is one statement, and a run whose row somebody holds is left to the next sweep. The clock is Postgres'.
+Each is one statement, and a run whose row somebody holds is left to the next sweep. The clock is Postgres'. What
+appends to the audit of several runs does so in the order of their ids, or two that do would wait for each other.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ _RESCUE = text("""
                'kind', CASE WHEN is_last THEN 'run.failed' ELSE 'run.requeued' END,
                'data', jsonb_build_object('why', 'lease expired', 'lost_worker', worker, 'attempt', attempt)
                     || CASE WHEN is_last THEN jsonb_build_object('stop_reason', 'max_attempts') ELSE '{}' END)))
-    FROM rescued
+    FROM (SELECT * FROM rescued ORDER BY id) AS rescued
 """)
 
 
@@ -68,7 +69,7 @@ _END_OVERDUE = text("""
                'kind', 'run.failed',
                'data', jsonb_build_object('stop_reason', 'deadline', 'why', 'its worker did not end it in time',
                                           'lost_worker', worker, 'attempt', attempt))))
-    FROM ended
+    FROM (SELECT * FROM ended ORDER BY id) AS ended
 """)
 
 

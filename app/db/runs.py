@@ -13,13 +13,12 @@ from app.db.audit import audit_parameters
 from app.db.fetch import Row, fetch, fetch_one
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
-from app.domain.canonical import digest
 from app.domain.run import NewRun, Priority, Run, RunStatus, RunUsage, StopReason
 
 COLUMNS = """
     id, tenant, agent, agent_version, input, metadata, limits, priority, status, stop_reason, output, error,
     model_calls, input_tokens, cached_tokens, output_tokens, cost_usd, attempt, active_ms,
-    created_at, started_at, ended_at
+    created_at, started_at, ended_at, erased_at
 """
 
 
@@ -50,6 +49,7 @@ def run_of(row: Row) -> Run:
         created_at=row["created_at"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
+        erased_at=row["erased_at"],
     )
 
 
@@ -73,10 +73,10 @@ async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
         {
             "agent": new.agent,
             "agent_version": new.agent_version,
-            "input_sha256": digest(new.input),
             "limits": new.limits.model_dump(mode="json"),
             "request_id": new.request_id,
         },
+        {"input": new.input, "metadata": dict(new.metadata)},
     )
     row = await fetch_one(
         connection,
@@ -172,6 +172,14 @@ _CANCEL = text(f"""
     SELECT cancelled.*, append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM cancelled
 """)  # noqa: S608
 
+# What a worker wrote while the cancel waited for it to let go of the row, the cancel's own snapshot does not show.
+_CANCEL_LATE = text("""
+    WITH voided AS (
+        UPDATE reviews SET status = 'void' WHERE run_id = :id AND status = 'pending'
+    )
+    UPDATE steps SET state = 'in_doubt' WHERE run_id = :id AND state = 'intended'
+""")
+
 
 async def cancel(connection: AsyncConnection, run_id: UUID, tenant: str, *, actor: str) -> Run | None:
     """queued, running, waiting → cancelled. None: no such run, or it has ended.
@@ -184,4 +192,7 @@ async def cancel(connection: AsyncConnection, run_id: UUID, tenant: str, *, acto
         _CANCEL,
         {"id": run_id, "tenant": tenant, **audit_parameters(actor, AuditEntry(AuditKind.RUN_CANCELLED))},
     )
-    return run_of(row) if row else None
+    if row is None:
+        return None
+    await connection.execute(_CANCEL_LATE, {"id": run_id})
+    return run_of(row)

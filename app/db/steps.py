@@ -48,3 +48,15 @@ async def steps_of(
     """Steps of a run in order, those after `after`. Whose run it is, the caller has checked."""
     rows = await fetch(connection, _STEPS, {"run_id": run_id, "after": after, "limit": limit})
     return [_step_of(row) for row in rows]
+
+
+_NEWEST = text("""
+    SELECT seq, kind, attempt, state, body, recorded_at FROM steps
+    WHERE run_id = :run_id ORDER BY seq DESC LIMIT :limit
+""")
+
+
+async def newest_of(connection: AsyncConnection, run_id: UUID, *, limit: int) -> Sequence[Step]:
+    """The last steps of a run, in order. Whose run it is, the caller has checked."""
+    rows = await fetch(connection, _NEWEST, {"run_id": run_id, "limit": limit})
+    return [_step_of(row) for row in reversed(rows)]

@@ -4,11 +4,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter
 
+from app.domain.canonical import digest
 from app.domain.tool import Tool
 
 DEFAULT_MODEL = "gpt-5-mini"
@@ -31,6 +33,36 @@ class Limits(BaseModel):
     max_mistakes: int = Field(3, ge=0, le=100, description="Mistakes in a row that the model may correct.")
 
 
+class OnLimit(StrEnum):
+    """What happens when a run reaches a limit."""
+
+    STOP = "stop"
+    """It ends."""
+    ESCALATE = "escalate"
+    """A person is asked: raise the limit, end the run, or answer in the agent's place."""
+
+
+class OnExpiry(StrEnum):
+    """What happens when nobody decides a review in time. It is never approved."""
+
+    END = "end"
+    """The run ends."""
+    REJECT = "reject"
+    """The call is not made, the model is told that nobody decided, and the run goes on. Where there is nothing to
+    reject, a call in doubt or a limit, the run ends."""
+    ESCALATE = "escalate"
+    """A second queue of reviewers is asked, for as long again; after that the run ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewRules:
+    """What an agent wants of every review: see `Agent`. `expires_s`: seconds that each queue has for its decision."""
+
+    expires_s: float
+    on_expiry: OnExpiry
+    four_eyes: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agent:
     """An agent, as its author writes it.
@@ -39,7 +71,8 @@ class Agent:
     `output`: a pydantic model that the answer must fit; None means text.
     `instructions`: the system prompt, or a function that makes it from the run's validated input.
     `model_timeout_s`: seconds for one model call. `max_output_tokens`: the most that one reply may hold.
-    `review_expires_s`: seconds that a person has for a decision.
+    `review_expires_s`: seconds that a person has for a decision. `four_eyes`: the key that submitted a run never
+    decides about it, and whoever edited a call's arguments not about those.
     """
 
     name: str
@@ -54,11 +87,16 @@ class Agent:
     limits: Limits = field(default_factory=Limits)
     max_output_tokens: int = 4_096
     model_timeout_s: float = 60.0
+    on_limit: OnLimit = OnLimit.STOP
     review_expires_s: float = 24 * 3600.0
+    on_review_expiry: OnExpiry = OnExpiry.END
+    four_eyes: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
             raise ValueError(f"agent name {self.name!r}: use lower-case letters, digits, '-' and '_', at most 64")
+        object.__setattr__(self, "on_limit", OnLimit(self.on_limit))
+        object.__setattr__(self, "on_review_expiry", OnExpiry(self.on_review_expiry))
         names = [tool.name for tool in self.tools]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"agent {self.name!r} lists a tool twice: {', '.join(sorted(repeated))}")
@@ -66,6 +104,17 @@ class Agent:
     @cached_property
     def tools_by_name(self) -> dict[str, Tool]:
         return {tool.name: tool for tool in self.tools}
+
+    @cached_property
+    def prompt_sha256(self) -> str:
+        """SHA-256 (hex) of what the model is always given: tools, output and, where they are text, the instructions."""
+        tools: list[JsonValue] = [[tool.name, tool.description, tool.schema] for tool in self.tools]
+        instructions = self.instructions if isinstance(self.instructions, str) else None
+        return digest([instructions, tools, self.output.model_json_schema() if self.output else None])
+
+    @property
+    def review_rules(self) -> ReviewRules:
+        return ReviewRules(expires_s=self.review_expires_s, on_expiry=self.on_review_expiry, four_eyes=self.four_eyes)
 
     @cached_property
     def _input(self) -> TypeAdapter[Any]:

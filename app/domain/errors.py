@@ -6,6 +6,7 @@ AgentServiceError
 │   ├── NotFound                404
 │   ├── Unauthorized            401
 │   ├── MissingScope            403
+│   ├── FourEyes                403
 │   ├── Conflict                409
 │   │   ├── RunEnded
 │   │   ├── ReviewDecided
@@ -19,6 +20,8 @@ AgentServiceError
 │   ├── Unavailable             503
 │   └── what only HTTP knows: 405, 413, 415, 500 in `app.api.errors`
 ├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
+├── AnchorUnavailable       where checkpoints are kept did not take or give one; tried again later
+├── AnchorConflict          what is kept there contradicts the database: nothing may be sealed on top of that
 ├── ToolError               raised by a tool: it did not work, and the model is told why
 ├── ModelError
 │   ├── ModelUnavailable        transient: rate limit, 5xx, timeout, broken connection or reply
@@ -27,6 +30,9 @@ AgentServiceError
 """
 
 from typing import ClassVar
+
+REALM = "agent-service"
+"""What our API keys are good for, as HTTP names it."""
 
 
 class AgentServiceError(Exception):
@@ -84,6 +90,19 @@ class MissingScope(RequestError):
     status = 403
     problem = "missing-scope"
     title = "The API key may not do this"
+
+    def __init__(self, scope: str, detail: str) -> None:
+        super().__init__(
+            detail, headers={"WWW-Authenticate": f'Bearer realm="{REALM}", error="insufficient_scope", scope="{scope}"'}
+        )
+
+
+class FourEyes(RequestError):
+    """The caller has a part in what is to be decided, and the agent wants another person to look at it."""
+
+    status = 403
+    problem = "four-eyes"
+    title = "Somebody else has to decide this"
 
 
 class Conflict(RequestError):
@@ -148,6 +167,14 @@ class Unavailable(RequestError):
 
 class QueueUnavailable(AgentServiceError):
     """Redis did not take the job. Not an error for the caller: Postgres has the run."""
+
+
+class AnchorUnavailable(AgentServiceError):
+    """The file or object store that keeps the audit's checkpoints did not answer, or refused."""
+
+
+class AnchorConflict(AgentServiceError):
+    """What is kept outside of the database is newer than what is in it, or something else. A person has to look."""
 
 
 class ToolError(AgentServiceError):

@@ -11,8 +11,13 @@ class Scope(StrEnum):
     RUNS_WRITE = "runs:write"
     REVIEWS_READ = "reviews:read"
     REVIEWS_DECIDE = "reviews:decide"
+    REVIEWS_ESCALATED = "reviews:escalated"
+    """Decide what nobody of the first queue decided in time."""
     AUDIT_READ = "audit:read"
     ADMIN = "admin"
+
+
+_OF_BACKENDS = frozenset({Scope.RUNS_READ, Scope.RUNS_WRITE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,11 @@ class Principal:
 
     def has(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    @property
+    def is_operator(self) -> bool:
+        """A person's key: it may do more than a backend that submits runs and reads their results."""
+        return not self.scopes <= _OF_BACKENDS
 
     @property
     def actor(self) -> str:

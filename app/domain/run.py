@@ -37,7 +37,7 @@ TRANSITIONS: dict[RunStatus, frozenset[RunStatus]] = {
     RunStatus.RUNNING: frozenset(
         {RunStatus.QUEUED, RunStatus.WAITING, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED}
     ),
-    RunStatus.WAITING: frozenset({RunStatus.QUEUED, RunStatus.FAILED, RunStatus.CANCELLED}),
+    RunStatus.WAITING: frozenset({RunStatus.QUEUED, RunStatus.SUCCEEDED, RunStatus.FAILED, RunStatus.CANCELLED}),
     RunStatus.SUCCEEDED: frozenset(),
     RunStatus.FAILED: frozenset(),
     RunStatus.CANCELLED: frozenset(),
@@ -50,6 +50,8 @@ class StopReason(StrEnum):
 
     FINAL_ANSWER = "final_answer"
     """The model gave its answer, and it fits the agent's output."""
+    PERSON_ANSWERED = "person_answered"
+    """A reviewer gave the answer in the agent's place, and it fits the agent's output."""
     MAX_STEPS = "max_steps"
     """The model was asked as often as the limits allow."""
     MAX_TOKENS = "max_tokens"
@@ -80,7 +82,7 @@ class StopReason(StrEnum):
     @property
     def status(self) -> RunStatus:
         """The terminal state that goes with this reason."""
-        if self is StopReason.FINAL_ANSWER:
+        if self in (StopReason.FINAL_ANSWER, StopReason.PERSON_ANSWERED):
             return RunStatus.SUCCEEDED
         if self is StopReason.CANCELLED:
             return RunStatus.CANCELLED
@@ -116,7 +118,8 @@ class RunUsage:
 class Run:
     """One row of the table `runs`, as the rest of the service sees it. Times are UTC.
 
-    `active_ms` is running time of earlier claims; waiting and queueing are not in it.
+    `active_ms` is running time of earlier claims; waiting and queueing are not in it. `erased_at`: when what people and
+    models wrote was erased.
     """
 
     id: UUID
@@ -137,6 +140,7 @@ class Run:
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
+    erased_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ class Tool:
     """A function that a model may call.
 
     `timeout_s`: seconds for one call. `max_result_chars`: a longer result is cut, and says so.
+    `asks_person`: it is never called; its argument `question` is put to a person, and the answer is its result.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Tool:
     approval: Approval = False
     timeout_s: float = 30.0
     max_result_chars: int = 20_000
+    asks_person: bool = False
 
     @cached_property
     def is_async(self) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from decimal import Decimal
 
 from pydantic import BaseModel, Field, JsonValue
@@ -188,6 +189,8 @@ toolbox = Agent(
 impatient = Agent(name="impatient", instructions="Ask.", tools=(open_the_door,), review_expires_s=0.5)
 
 hasty = Agent(name="hasty", instructions="Answer.", model_timeout_s=0.5)
+
+doorkeeper = Agent(name="doorkeeper", instructions="Ask.", tools=(replace(echo, approval=True),))
 
 bench = Agent(name="bench", instructions="Repeat after me.", tools=(echo,))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from urllib.request import Request, urlopen
 
 import aiohttp
@@ -57,3 +58,12 @@ cashier = Agent(
     model_timeout_s=2,
 )
 """The same, but its runs begin with what must not happen twice."""
+
+teller = Agent(
+    name="teller",
+    instructions="Charge, when somebody agrees.",
+    tools=(replace(charge, approval=True), put),
+    model_timeout_s=2,
+    four_eyes=True,
+)
+"""Its charges need a person who is not the one that submitted the run."""

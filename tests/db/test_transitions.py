@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -11,9 +10,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.db import audit, leases, rescue, reviews, runs, steps
+from app.db import audit, expiry, leases, rescue, reviews, runs, steps
 from app.db.engine import make_engine, transactional
-from app.domain.agent import Limits
+from app.domain.agent import Limits, OnExpiry, ReviewRules
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
@@ -32,7 +31,8 @@ INTENT = ToolStep(
     state=ToolState.INTENDED,
     idempotency_key="k",
 )
-QUESTION = ReviewRequest(kind=ReviewKind.APPROVAL, seq=1, tool="pay", arguments={}, args_hash="seen")
+QUESTION = ReviewRequest(kind=ReviewKind.APPROVAL, seq=1, tool="pay", arguments={}, args_hash="seen", why="it pays")
+RULES = ReviewRules(expires_s=3600, on_expiry=OnExpiry.END, four_eyes=False)
 REPLIED = [AuditEntry(AuditKind.MODEL_REPLIED)]
 
 
@@ -74,7 +74,7 @@ async def in_state(db: AsyncConnection, status: RunStatus) -> Claim:
     held = await claimed(db)
     match status:
         case RunStatus.WAITING:
-            await leases.suspend(db, held, [QUESTION], actor="w", expires_in=timedelta(hours=1))
+            await leases.suspend(db, held, [QUESTION], actor="w", rules=RULES)
         case RunStatus.SUCCEEDED:
             await leases.finish(db, held, StopReason.FINAL_ANSWER, actor="w", output="x")
         case RunStatus.FAILED:
@@ -99,19 +99,27 @@ async def _claim(db: AsyncConnection, held: Claim) -> object:
 
 async def _resume(db: AsyncConnection, held: Claim) -> object:
     for review in await reviews.of_run(db, held.run.id):
-        await reviews.decide(db, review, Decision.APPROVE, actor="k", args_hash="seen", reason=None, response=None)
+        await reviews.decide(db, review, Decision.APPROVE, actor="k", args_hash="seen")
     return await reviews.resume_run(db, held.run.id, actor="k")
+
+
+async def _expire(db: AsyncConnection, held: Claim) -> object:
+    age = text("UPDATE reviews SET expires_at = now() WHERE run_id = :id AND status = 'pending'")
+    await db.execute(age, {"id": held.run.id})
+    return await expiry.expire_due(db, limit=10)
 
 
 TRANSITION: dict[str, Transition] = {
     "claim": _claim,
     "finish": lambda db, held: leases.finish(db, held, StopReason.FINAL_ANSWER, actor="w", output="x"),
     "fail": lambda db, held: leases.finish(db, held, StopReason.DEADLINE, actor="w"),
-    "suspend": lambda db, held: leases.suspend(db, held, [QUESTION], actor="w", expires_in=timedelta(hours=1)),
+    "suspend": lambda db, held: leases.suspend(db, held, [QUESTION], actor="w", rules=RULES),
     "requeue": lambda db, held: leases.requeue(db, held, actor="w", why="test"),
     "cancel": lambda db, held: runs.cancel(db, held.run.id, "t", actor="k"),
     "resume": _resume,
-    "reject": lambda db, held: reviews.reject_run(db, held.run.id, actor="k", reason=None),
+    "reject": lambda db, held: reviews.end_run(db, held.run.id, StopReason.REJECTED, actor="k", error="no"),
+    "answer": lambda db, held: reviews.end_run(db, held.run.id, StopReason.PERSON_ANSWERED, actor="k", output="x"),
+    "expire": _expire,
 }
 
 
@@ -175,7 +183,7 @@ def test_a_stale_worker_can_write_nothing(database_url: str) -> None:
             lambda held: leases.record(
                 db, held, [step], lease_seconds=60, audit=REPLIED, actor="w", used=RunUsage(model_calls=1)
             ),
-            lambda held: leases.suspend(db, held, [QUESTION], actor="w", expires_in=timedelta(hours=1)),
+            lambda held: leases.suspend(db, held, [QUESTION], actor="w", rules=RULES),
             lambda held: leases.requeue(db, held, actor="w", why="stale"),
             lambda held: leases.finish(db, held, StopReason.FINAL_ANSWER, actor="w", output="stale"),
         ]

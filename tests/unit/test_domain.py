@@ -26,7 +26,8 @@ def test_terminal_states_have_no_way_out_and_all_others_have_one() -> None:
 
 def test_every_stop_reason_ends_in_a_terminal_state() -> None:
     assert all(reason.status.is_terminal for reason in StopReason)
-    assert [reason for reason in StopReason if reason.status is RunStatus.SUCCEEDED] == [StopReason.FINAL_ANSWER]
+    succeeding = [reason for reason in StopReason if reason.status is RunStatus.SUCCEEDED]
+    assert succeeding == [StopReason.FINAL_ANSWER, StopReason.PERSON_ANSWERED]
 
 
 def test_ids_sort_by_time_and_are_version_7() -> None:

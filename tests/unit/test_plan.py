@@ -2,22 +2,28 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from pydantic import BaseModel, Field, computed_field
 
-from app.domain.agent import Limits
+from app.domain.agent import Agent, Limits, OnExpiry
 from app.domain.ids import new_id
-from app.domain.review import Decision, Review, ReviewKind, ReviewStatus
+from app.domain.review import Decision, Review, ReviewKind, ReviewQueue, ReviewStatus
 from app.domain.run import Priority, Run, RunStatus, RunUsage
 from app.domain.step import ModelStep, Step, ToolCall, ToolState, ToolStep
-from app.domain.tool import Effect
+from app.domain.tool import Effect, tool
 from tests.agents import toolbox
+from tests.agents.people import clerk
 from worker.state import RunState
-from worker.tools.plan import MAX_CALLS_IN_A_REPLY, plan
+from worker.tools.plan import MAX_CALLS_IN_A_REPLY, Plan, plan
+
+ASKED = datetime.now(UTC)
+BEFORE = ASKED - timedelta(seconds=1)
+AFTER = ASKED + timedelta(seconds=1)
+FIVE = {"amount": "5"}
 
 RUN = Run(
     id=UUID(int=7),
@@ -54,19 +60,21 @@ def asked(*calls: tuple[str, Any]) -> ModelStep:
     )
 
 
-def state_of(*steps: Step, reviews: Sequence[Review] = ()) -> RunState:
+def state_of(*steps: Step, reviews: Sequence[Review] = (), agent: Agent = toolbox) -> RunState:
+    """Where a run stands; the reviews are about its first call, oldest first."""
     return RunState(
         run=RUN,
-        agent=toolbox,
+        agent=agent,
         models=["m"],
         prices={"m": None},
         steps=list(steps),
-        reviews={review.seq: review for review in reviews},
+        reviews={1: reviews},
         usage=RUN.usage,
     )
 
 
-def recorded(tool: str, arguments: Any, effect: Effect, state: ToolState) -> ToolStep:
+def recorded(tool: str, arguments: Any, effect: Effect, state: ToolState, *, at: datetime | None = BEFORE) -> ToolStep:
+    """The first call as an earlier attempt left it; at no time: as this attempt did."""
     return ToolStep(
         seq=1,
         attempt=1,
@@ -76,10 +84,20 @@ def recorded(tool: str, arguments: Any, effect: Effect, state: ToolState) -> Too
         effect=effect,
         state=state,
         idempotency_key=f"{RUN.id}:1",
+        recorded_at=at,
     )
 
 
-def decided(kind: ReviewKind, decision: Decision, *, reason: str | None = None, response: str | None = None) -> Review:
+def decided(
+    kind: ReviewKind,
+    decision: Decision | None,
+    *,
+    arguments: Any = FIVE,
+    edited: Any = None,
+    reason: str | None = None,
+    response: str | None = None,
+    status: ReviewStatus = ReviewStatus.DECIDED,
+) -> Review:
     return Review(
         id=new_id(),
         tenant="t",
@@ -88,16 +106,23 @@ def decided(kind: ReviewKind, decision: Decision, *, reason: str | None = None, 
         kind=kind,
         seq=1,
         tool="charge",
-        arguments={"amount": "5"},
+        arguments=arguments,
         args_hash="",
-        status=ReviewStatus.DECIDED,
+        why="",
+        stop_reason=None,
+        queue=ReviewQueue.FIRST,
+        barred=(),
+        on_expiry=OnExpiry.END,
+        expires_s=60,
+        edited=edited,
+        status=status,
         decision=decision,
         reason=reason,
         response=response,
         decided_by="key:k",
-        created_at=datetime.now(UTC),
-        decided_at=datetime.now(UTC),
-        expires_at=datetime.now(UTC),
+        created_at=ASKED,
+        decided_at=ASKED,
+        expires_at=ASKED,
     )
 
 
@@ -132,12 +157,20 @@ def test_after_a_crash_a_call_made_once_is_a_question_for_a_person(state: ToolSt
     assert [question.kind for question in todo.questions] == [ReviewKind.IN_DOUBT]
 
 
-def test_an_approval_does_not_settle_a_doubt() -> None:
-    begun = recorded("charge", {"amount": "5"}, Effect.ONCE, ToolState.INTENDED)
-    for kind in ReviewKind:
-        todo = plan(state_of(asked(CHARGE), begun, reviews=[decided(kind, Decision.APPROVE)]))
-        assert not todo.calls
-        assert len(todo.questions) == 1
+def test_only_a_decision_about_the_doubt_settles_it() -> None:
+    for state in (ToolState.INTENDED, ToolState.IN_DOUBT):
+        begun = recorded("charge", FIVE, Effect.ONCE, state)
+        for kind in set(ReviewKind) - {ReviewKind.IN_DOUBT}:
+            todo = plan(state_of(asked(CHARGE), begun, reviews=[decided(kind, Decision.APPROVE)]))
+            assert not todo.calls
+            assert [question.kind for question in todo.questions] == [ReviewKind.IN_DOUBT]
+
+
+def test_a_call_that_was_begun_again_after_its_doubt_was_settled_is_in_doubt_again() -> None:
+    begun = recorded("charge", FIVE, Effect.ONCE, ToolState.INTENDED)
+    todo = plan(state_of(asked(CHARGE), begun, reviews=[decided(ReviewKind.IN_DOUBT, Decision.APPROVE)]))
+    assert not todo.calls
+    assert len(todo.questions) == 1
 
 
 def test_a_doubt_is_settled_by_what_the_person_says() -> None:
@@ -156,6 +189,18 @@ def test_a_doubt_is_settled_by_what_the_person_says() -> None:
     assert "it did not" in (answered[0].result or "")
 
 
+@pytest.mark.parametrize("recorded_at", [AFTER, None])
+def test_a_decision_about_an_earlier_doubt_does_not_settle_that_of_the_call_made_after_it(
+    recorded_at: datetime | None,
+) -> None:
+    again = recorded("charge", FIVE, Effect.ONCE, ToolState.IN_DOUBT, at=recorded_at)
+    for decision in (Decision.APPROVE, Decision.RESPOND, Decision.REJECT):
+        todo = plan(state_of(asked(CHARGE), again, reviews=[decided(ReviewKind.IN_DOUBT, decision)]))
+        assert not todo.calls
+        assert not todo.answered
+        assert [question.kind for question in todo.questions] == [ReviewKind.IN_DOUBT]
+
+
 def test_a_doubt_outlives_the_tool_that_caused_it() -> None:
     gone = recorded("a_tool_of_the_last_version", {"amount": "5"}, Effect.ONCE, ToolState.INTENDED)
     todo = plan(state_of(asked(("a_tool_of_the_last_version", {"amount": 5})), gone))
@@ -165,9 +210,11 @@ def test_a_doubt_outlives_the_tool_that_caused_it() -> None:
     ]
 
 
-def test_a_pending_review_settles_nothing() -> None:
-    pending = replace(decided(ReviewKind.APPROVAL, Decision.APPROVE), status=ReviewStatus.PENDING)
-    todo = plan(state_of(asked(("open_the_door", {})), reviews=[pending]))
+@pytest.mark.parametrize("status", [ReviewStatus.PENDING, ReviewStatus.VOID])
+def test_a_review_that_is_not_decided_settles_nothing(status: ReviewStatus) -> None:
+    undecided = decided(ReviewKind.APPROVAL, Decision.APPROVE, arguments={}, status=status)
+    todo = plan(state_of(asked(("open_the_door", {})), reviews=[undecided]))
+    assert not todo.calls
     assert [question.kind for question in todo.questions] == [ReviewKind.APPROVAL]
 
 
@@ -205,3 +252,212 @@ def test_calls_with_a_result_are_not_made_again() -> None:
     done = recorded("echo", {"text": "a"}, Effect.READ, ToolState.SUCCEEDED)
     todo = plan(state_of(asked(("echo", {"text": "a"}), ("echo", {"text": "b"})), done))
     assert [call.step.seq for call in todo.calls] == [2]
+
+
+# -- what people decided
+
+
+def to_clerk(call: tuple[str, Any], *reviews: Review) -> Plan:
+    return plan(state_of(asked(call), reviews=reviews, agent=clerk))
+
+
+def approval(decision: Decision | None, arguments: Any, **more: Any) -> Review:
+    return decided(ReviewKind.APPROVAL, decision, arguments=arguments, **more)
+
+
+REFUND = ("refund", {"order": "A", "amount": 60})
+SIXTY = {"order": "A", "amount": "60"}
+SEVENTY = {"order": "A", "amount": "70"}
+
+
+def test_a_reviewer_is_told_why_a_call_was_stopped() -> None:
+    (request,) = to_clerk(REFUND).questions
+    assert request.why == "The tool refund asks for approval of calls like this one."
+    assert (request.arguments, request.editor) == (SIXTY, None)
+    (request,) = to_clerk(("announce", {"text": "hi"})).questions
+    assert request.why == "The tool announce asks for approval of every call."
+
+
+def test_a_reviewer_of_a_doubt_is_told_that_the_worker_may_be_alive() -> None:
+    begun = recorded("charge", FIVE, Effect.ONCE, ToolState.INTENDED)
+    (request,) = plan(state_of(asked(CHARGE), begun)).questions
+    assert "its worker died, or the tool failed in the middle" in request.why
+    assert "certain only when that worker is gone" in request.why
+
+
+def test_an_approved_call_is_made_with_the_arguments_that_were_approved() -> None:
+    (call,) = to_clerk(REFUND, approval(Decision.APPROVE, SEVENTY)).calls
+    assert call.step.arguments == SEVENTY
+    assert call.arguments.model_dump() == {"order": "A", "amount": 70}
+    assert call.note is None
+
+
+def test_a_call_that_did_not_happen_is_made_with_the_arguments_it_was_begun_with() -> None:
+    edit = approval(Decision.EDIT, SIXTY, edited=SEVENTY)
+    begun = recorded("refund", SEVENTY, Effect.ONCE, ToolState.IN_DOUBT)
+    no = decided(ReviewKind.IN_DOUBT, Decision.APPROVE, arguments=SEVENTY)
+    (call,) = plan(state_of(asked(REFUND), begun, reviews=[edit, no], agent=clerk)).calls
+    assert call.step.arguments == SEVENTY
+    assert call.note is not None
+
+
+def test_an_edited_call_is_made_with_the_new_arguments_where_they_need_no_approval() -> None:
+    for edited in ({"order": "A", "amount": "50"}, {"order": "A", "amount": 50}):
+        todo = to_clerk(REFUND, approval(Decision.EDIT, SIXTY, edited=edited))
+        assert not todo.questions
+        assert todo.calls[0].step.arguments == {"order": "A", "amount": "50"}
+        assert todo.calls[0].note == ('A person changed the arguments of this call to {"amount":"50","order":"A"}.')
+
+
+def test_an_edited_call_of_a_tool_that_wants_every_call_approved_is_made() -> None:
+    edit = approval(Decision.EDIT, {"text": "hi"}, edited={"text": "hello"})
+    (call,) = to_clerk(("announce", {"text": "hi"}), edit).calls
+    assert call.step.arguments == {"text": "hello"}
+
+
+def test_edited_arguments_that_need_approval_are_asked_about_again() -> None:
+    edit = approval(Decision.EDIT, SIXTY, edited=SEVENTY)
+    todo = to_clerk(REFUND, edit)
+    assert not todo.calls
+    (request,) = todo.questions
+    assert (request.kind, request.arguments, request.editor) == (ReviewKind.APPROVAL, SEVENTY, "key:k")
+    assert request.why.endswith("A person has changed its arguments.")
+    assert request.args_hash != to_clerk(REFUND).questions[0].args_hash
+
+    (call,) = to_clerk(REFUND, edit, approval(Decision.APPROVE, SEVENTY)).calls
+    assert call.step.arguments == SEVENTY
+    assert call.note is not None
+
+
+def test_a_decision_about_the_arguments_before_an_edit_does_not_count_for_those_after_it() -> None:
+    edit = approval(Decision.EDIT, SIXTY, edited=SEVENTY)
+    pending = approval(None, SEVENTY, status=ReviewStatus.PENDING)
+    todo = to_clerk(REFUND, edit, pending)
+    assert not todo.calls
+    assert len(todo.questions) == 1
+
+    rejected = approval(Decision.REJECT, SEVENTY, reason="too much")
+    todo = to_clerk(REFUND, edit, rejected)
+    assert not todo.calls
+    assert [step.state for step in todo.answered] == [ToolState.REJECTED]
+
+
+def test_a_decision_of_another_kind_does_not_count() -> None:
+    for kind in set(ReviewKind) - {ReviewKind.APPROVAL}:
+        for decision in Decision:
+            todo = to_clerk(REFUND, decided(kind, decision, arguments=SIXTY, edited=SIXTY, response="yes"))
+            assert not todo.calls
+            assert not todo.answered
+            assert [question.kind for question in todo.questions] == [ReviewKind.APPROVAL]
+
+
+@pytest.mark.parametrize(
+    "review",
+    [
+        decided(ReviewKind.APPROVAL, Decision.APPROVE, arguments={"order": "A"}),
+        decided(ReviewKind.APPROVAL, Decision.EDIT, arguments=SIXTY, edited={**SIXTY, "currency": "EUR"}),
+    ],
+)
+def test_arguments_that_no_longer_fit_are_told_to_the_model(review: Review) -> None:
+    todo = to_clerk(REFUND, review)
+    assert not todo.calls
+    (step,) = todo.answered
+    assert step.state is ToolState.INVALID
+    assert "the arguments that a person decided on do not fit" in (step.result or "")
+
+
+@pytest.mark.parametrize("decision", [Decision.APPROVE, Decision.EDIT])
+def test_a_call_of_a_tool_that_is_gone_is_not_made_whatever_a_person_decided(decision: Decision) -> None:
+    todo = to_clerk(("gone", {}), approval(decision, {}, edited={}))
+    assert not todo.calls
+    (step,) = todo.answered
+    assert (step.state, step.result and step.result[:30]) == (ToolState.INVALID, "There is no tool named 'gone'.")
+
+
+def test_what_a_person_said_of_a_tool_that_is_gone_reaches_the_model() -> None:
+    (step,) = to_clerk(("gone", {}), approval(Decision.REJECT, {}, reason="not today")).answered
+    assert (step.state, step.effect) == (ToolState.REJECTED, None)
+    assert "not today" in (step.result or "")
+
+
+def test_a_call_that_nobody_decided_in_time_is_not_made() -> None:
+    for kind, call, said in (
+        (ReviewKind.APPROVAL, REFUND, "Not called: nobody approved this call in time."),
+        (ReviewKind.QUESTION, ASK, "Nobody answered in time."),
+    ):
+        expired = decided(kind, None, arguments=SIXTY, status=ReviewStatus.EXPIRED)
+        todo = to_clerk(call, expired)
+        assert not todo.calls
+        assert not todo.questions
+        assert [(step.state, step.result) for step in todo.answered] == [(ToolState.REJECTED, said)]
+
+
+def test_a_doubt_that_nobody_decided_in_time_stays_one() -> None:
+    begun = recorded("charge", FIVE, Effect.ONCE, ToolState.IN_DOUBT)
+    expired = decided(ReviewKind.IN_DOUBT, None, status=ReviewStatus.EXPIRED)
+    todo = plan(state_of(asked(CHARGE), begun, reviews=[expired]))
+    assert not todo.calls
+    assert not todo.answered
+
+
+class Parcel(BaseModel):
+    """Its field is called otherwise outside, and it works something out."""
+
+    weight: int = Field(alias="weightInGrams")
+
+    @computed_field
+    def is_heavy(self) -> bool:
+        return self.weight > 10_000
+
+
+@tool(approval=True)
+async def ship(parcel: Parcel) -> str:
+    """Ship a parcel; a person has to agree."""
+    return f"shipped {parcel.weight}"
+
+
+def test_what_a_person_is_shown_is_what_the_tool_takes() -> None:
+    shipper = Agent(name="shipper", instructions="", tools=(ship,))
+    reply = asked(("ship", {"parcel": {"weightInGrams": 5}}))
+    (request,) = plan(state_of(reply, agent=shipper)).questions
+    assert request.arguments == {"parcel": {"weightInGrams": 5}}
+    (call,) = plan(state_of(reply, reviews=[approval(Decision.APPROVE, request.arguments)], agent=shipper)).calls
+    assert call.step.arguments == request.arguments
+
+
+# -- questions of the model
+
+ASK = ("ask_human", {"question": "Which one?", "options": ["left", "right"]})
+
+
+def test_a_question_of_the_model_goes_to_a_person() -> None:
+    todo = to_clerk(ASK)
+    assert not todo.calls
+    (request,) = todo.questions
+    assert (request.kind, request.why) == (ReviewKind.QUESTION, "Which one?")
+    assert request.arguments == {"question": "Which one?", "options": ["left", "right"]}
+
+
+def test_the_answer_of_a_person_is_the_result() -> None:
+    (step,) = to_clerk(ASK, decided(ReviewKind.QUESTION, Decision.RESPOND, response="left")).answered
+    assert (step.state, step.result) == (ToolState.SUCCEEDED, "left")
+    (step,) = to_clerk(ASK, decided(ReviewKind.QUESTION, Decision.REJECT, reason="ask the customer")).answered
+    assert (step.state, step.result) == (ToolState.REJECTED, "A person does not answer: ask the customer")
+
+
+@pytest.mark.parametrize("decision", [Decision.APPROVE, Decision.EDIT])
+@pytest.mark.parametrize("kind", ReviewKind)
+def test_a_question_is_never_called(kind: ReviewKind, decision: Decision) -> None:
+    arguments = {"question": "Which one?"}
+    todo = to_clerk(ASK, decided(kind, decision, arguments=arguments, edited=arguments))
+    assert not todo.calls
+    assert [question.kind for question in todo.questions] == [ReviewKind.QUESTION]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"question": " "}, {"question": "x" * 4_001}, {"question": "?", "options": []}]
+)
+def test_a_question_without_bounds_goes_back_to_the_model(arguments: Any) -> None:
+    todo = to_clerk(("ask_human", arguments))
+    assert not todo.questions
+    assert [step.state for step in todo.answered] == [ToolState.INVALID]

@@ -34,6 +34,18 @@ def _(stack: Stack, client: httpx.Client) -> Run:
     return run
 
 
+@ends_with(StopReason.PERSON_ANSWERED)
+def _(stack: Stack, client: httpx.Client) -> Run:
+    run = play(stack, client, "escalating", [call("echo", {"text": "hi"}), DONE], limits={"max_steps": 1})
+    [review] = [entry for entry in client.get("/v1/reviews").json()["data"] if entry["run_id"] == run["id"]]
+    decision = {"decision": "respond", "args_hash": review["args_hash"], "response": "I know it."}
+    assert client.post(f"/v1/reviews/{review['id']}/decision", json=decision).status_code == 200
+    run = rest(client, run)
+    assert run["output"] == "I know it."
+    assert run["usage"]["model_calls"] == 1
+    return run
+
+
 @ends_with(StopReason.MAX_STEPS)
 def _(stack: Stack, client: httpx.Client) -> Run:
     replies = [call("echo", {"text": str(number)}) for number in range(5)]

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.db import leases, runs, sweep
 from app.db.engine import make_engine, transactional
+from app.domain.agent import OnExpiry
 from app.domain.errors import QueueUnavailable
 from app.domain.run import Claim, Priority, Run, RunStatus, StopReason
 from app.queue import RunQueue
@@ -19,6 +20,7 @@ from app.signals import CANCELLED, RESTED, Signals
 from tests.db.test_transitions import new_run
 from tests.scripts import Script, audit_of, call, rest, submit
 from tests.stack import Stack
+from tests.waiting import rules, wait_for
 from worker.sweeper import Sweeper
 
 Scenario = Callable[[AsyncEngine, Sweeper], Awaitable[None]]
@@ -215,6 +217,47 @@ def test_who_holds_and_who_waits_for_an_overdue_run_is_told(database_url: str, r
         run = await state_of(engine, held)
         assert (run.status, run.stop_reason) == (RunStatus.FAILED, StopReason.DEADLINE)
         assert (await state_of(engine, on_time)).status is RunStatus.RUNNING
+
+    play(database_url, redis_url, scenario)
+
+
+def test_runs_whose_reviews_expired_are_told_of_or_put_on_the_queue(database_url: str, redis_url: str) -> None:
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        async with engine.connect() as connection:
+            ending, going_on, escalated = [
+                await wait_for(connection, its=rules(expires_s=0, on_expiry=on_expiry)) for on_expiry in OnExpiry
+            ]
+            still = await wait_for(connection)
+        with redis.Redis.from_url(redis_url) as connection, connection.pubsub() as pubsub:
+            pubsub.subscribe(RESTED)
+            pubsub.get_message(timeout=1)
+            await sweeper.sweep()
+            message = pubsub.get_message(timeout=1)
+            assert (message and message["data"]) == str(ending).encode()
+            assert pubsub.get_message(timeout=0.1) is None
+        assert queued(redis_url) == [str(going_on)]
+        async with engine.connect() as connection:
+            states = {run_id: await runs.get(connection, run_id, "t") for run_id in (ending, escalated, still)}
+        assert [run and run.status for run in states.values()] == [
+            RunStatus.FAILED,
+            RunStatus.WAITING,
+            RunStatus.WAITING,
+        ]
+
+    play(database_url, redis_url, scenario)
+
+
+def test_many_reviews_that_are_due_at_once_expire_in_one_sweep(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.sweeper.BATCH", 2)
+
+    async def scenario(engine: AsyncEngine, sweeper: Sweeper) -> None:
+        async with engine.connect() as connection:
+            waiting = [await wait_for(connection, its=rules(expires_s=0)) for _ in range(5)]
+            await sweeper.sweep()
+            ended = [await runs.get(connection, run_id, "t") for run_id in waiting]
+        assert [run and run.stop_reason for run in ended] == [StopReason.REVIEW_EXPIRED] * 5
 
     play(database_url, redis_url, scenario)
 

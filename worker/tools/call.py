@@ -56,6 +56,8 @@ class ToolCaller:
     async def _make_one(self, state: RunState, call: PlannedCall, results: list[ToolStep]) -> None:
         began = time.monotonic()
         tool_state, result = await self._outcome(state, call)
+        if call.note is not None and result is not None:
+            result = f"{call.note}\n{result}"
         known = {"state": tool_state, "result": result, "duration_ms": round((time.monotonic() - began) * 1000)}
         results.append(call.step.model_copy(update=known))
 

@@ -4,15 +4,17 @@ A call that was begun before (its intent is recorded, its result is not) is made
 READ always, IDEMPOTENT with the same key, ONCE never: a person is asked whether it happened.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
-from app.domain.canonical import digest, storable
+from app.domain.canonical import canonical_json, storable
 from app.domain.review import Decision, Review, ReviewKind, ReviewRequest, ReviewStatus
 from app.domain.step import ToolState, ToolStep
 from app.domain.tool import Effect, Tool
+from worker import questions
 from worker.explain import explain
 from worker.state import OpenCall, RunState
 
@@ -22,11 +24,15 @@ MAX_CALLS_IN_A_REPLY = 32
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """A call that is to be made now; `step` is how it stands in the record until its result is there."""
+    """A call that is to be made now; `step` is how it stands in the record until its result is there.
+
+    `note`: what the model is told before the result.
+    """
 
     tool: Tool
     arguments: BaseModel
     step: ToolStep
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,79 +51,119 @@ class Plan:
 
 def plan(state: RunState) -> Plan:
     """Decide for every open call of the last reply."""
-    calls: list[PlannedCall] = []
+    to_make: list[PlannedCall] = []
     answered: list[ToolStep] = []
-    questions: list[ReviewRequest] = []
+    to_ask: list[ReviewRequest] = []
     for open_call in state.open_calls():
         match _decide(state, open_call):
             case PlannedCall() as call:
-                calls.append(call)
+                to_make.append(call)
             case ToolStep() as step:
                 answered.append(step)
-            case ReviewRequest() as question:
-                questions.append(question)
-    return Plan(calls, answered, questions)
-
-
-def question(kind: ReviewKind, step: ToolStep) -> ReviewRequest:
-    """Ask a person about this call."""
-    return ReviewRequest(
-        kind=kind,
-        seq=step.seq,
-        tool=step.tool,
-        arguments=step.arguments,
-        args_hash=digest({"tool": step.tool, "arguments": step.arguments}),
-    )
+            case ReviewRequest() as request:
+                to_ask.append(request)
+    return Plan(to_make, answered, to_ask)
 
 
 def _decide(state: RunState, open_call: OpenCall) -> PlannedCall | ToolStep | ReviewRequest:
-    review = state.reviews.get(open_call.seq)
-    decided = review if review and review.status is ReviewStatus.DECIDED else None
-    if open_call.step is not None and (settled := _settle_doubt(open_call.step, decided)) is not None:
-        return settled
+    asked = state.reviews.get(open_call.seq, ())
+    latest = asked[-1] if asked else None
+    begun = open_call.step
+    if begun is not None and begun.effect is Effect.ONCE:
+        # The tool itself is not asked: it may have gone with a new version of the agent, what it did has not.
+        if latest is None or not _settles_doubt(latest, begun):
+            return questions.in_doubt(begun)
+        if latest.decision is not Decision.APPROVE:
+            return _without_call(latest, begun, asked)
+        return _propose(state, open_call, asked, agreed=latest)
 
+    tool = state.agent.tools_by_name.get(open_call.call.name)
+    kind = ReviewKind.QUESTION if tool and tool.asks_person else ReviewKind.APPROVAL
+    settled = latest if latest and _is_settled(latest) and (tool is None or latest.kind is kind) else None
+    if settled is not None and settled.decision not in (Decision.APPROVE, Decision.EDIT):
+        step = _step(state, open_call, settled.arguments, tool.effect if tool else None, ToolState.INTENDED)
+        return _without_call(settled, step, asked)
+    return _propose(state, open_call, asked, agreed=settled)
+
+
+def _propose(
+    state: RunState, open_call: OpenCall, asked: Sequence[Review], *, agreed: Review | None
+) -> PlannedCall | ToolStep | ReviewRequest:
+    """Make the call as the model wants it or, where a person agreed to arguments, with those; or ask a person."""
     tool = state.agent.tools_by_name.get(open_call.call.name)
     if tool is None:
         known = ", ".join(state.agent.tools_by_name) or "none"
         return _invalid(state, open_call, f"There is no tool named {open_call.call.name!r}. Tools: {known}.")
     if open_call.seq - _first_seq(state) >= MAX_CALLS_IN_A_REPLY:
         return _invalid(state, open_call, f"Not called: at most {MAX_CALLS_IN_A_REPLY} calls in one reply.")
+    text = open_call.call.arguments or "{}" if agreed is None else json.dumps(_agreed_arguments(agreed))
     try:
-        arguments = tool.arguments.model_validate_json(open_call.call.arguments or "{}")
+        arguments = tool.arguments.model_validate_json(text)
     except ValidationError as error:
-        return _invalid(state, open_call, f"The arguments do not fit: {explain(error, whole='arguments')}")
+        whose = "The arguments" if agreed is None else "Not called: the arguments that a person decided on"
+        return _invalid(state, open_call, f"{whose} do not fit: {explain(error, whole='arguments')}")
 
-    step = _step(state, open_call, storable(arguments.model_dump(mode="json")), tool.effect, ToolState.INTENDED)
-    if decided is not None:
-        return _after_decision(decided, tool, arguments, step)
-    return question(ReviewKind.APPROVAL, step) if tool.needs_approval(arguments) else PlannedCall(tool, arguments, step)
+    shown = storable(arguments.model_dump(mode="json", by_alias=True, round_trip=True))
+    step = _step(state, open_call, shown, tool.effect, ToolState.INTENDED)
+    if tool.asks_person:
+        return questions.question(step)
+    if _needs_approval(tool, arguments, agreed):
+        editor = agreed.decided_by if agreed else None
+        return questions.approval(tool, step, editor=editor)
+    return PlannedCall(tool, arguments, step, note=_note(asked, shown))
 
 
-def _settle_doubt(begun: ToolStep, decided: Review | None) -> ToolStep | ReviewRequest | None:
-    """A ONCE call was begun before: what follows without making it. None: it did not happen, so it may be made now.
+def _needs_approval(tool: Tool, arguments: BaseModel, agreed: Review | None) -> bool:
+    """What a person approved needs no more. What a person edited is asked about again where a predicate says so."""
+    if agreed is None:
+        return tool.needs_approval(arguments)
+    return agreed.decision is Decision.EDIT and callable(tool.approval) and tool.needs_approval(arguments)
 
-    Only a decision on this very doubt settles it; making the call again begins a new one. The tool itself is not asked:
-    it may have gone with a new version of the agent, what it did has not.
+
+def _agreed_arguments(review: Review) -> JsonValue:
+    """What is approved is what is executed, whatever this version of the tool would make of the model's text."""
+    return review.edited if review.decision is Decision.EDIT else review.arguments
+
+
+def _is_settled(review: Review) -> bool:
+    """Is there an answer to go on with? That nobody gave one in time is an answer where the run goes on after it."""
+    return review.status in (ReviewStatus.DECIDED, ReviewStatus.EXPIRED)
+
+
+def _settles_doubt(review: Review, begun: ToolStep) -> bool:
+    """Only a decision on this very doubt does: it was asked after what is recorded, not before the call was made again.
+
+    A step of this attempt has no time of its record here yet, and is newer than every decision.
     """
-    if begun.effect is not Effect.ONCE:
-        return None
-    if begun.state is not ToolState.IN_DOUBT or decided is None or decided.kind is not ReviewKind.IN_DOUBT:
-        return question(ReviewKind.IN_DOUBT, begun)
-    return None if decided.decision is Decision.APPROVE else _without_call(decided, begun)
+    return (
+        begun.state is ToolState.IN_DOUBT
+        and review.kind is ReviewKind.IN_DOUBT
+        and review.status is ReviewStatus.DECIDED
+        and begun.recorded_at is not None
+        and begun.recorded_at <= review.created_at
+    )
 
 
-def _after_decision(review: Review, tool: Tool, arguments: BaseModel, step: ToolStep) -> PlannedCall | ToolStep:
-    if review.decision is Decision.APPROVE:
-        return PlannedCall(tool, arguments, step)
-    return _without_call(review, step)
-
-
-def _without_call(review: Review, step: ToolStep) -> ToolStep:
+def _without_call(review: Review, step: ToolStep, asked: Sequence[Review]) -> ToolStep:
     """The result that the model is given in place of a call that is not made."""
     if review.decision is Decision.RESPOND:
-        return step.model_copy(update={"state": ToolState.SUCCEEDED, "result": review.response})
-    why = f"A person rejected this call: {review.reason or 'no reason given'}"
+        note = _note(asked, step.arguments)
+        result = f"{note}\n{review.response}" if note else review.response
+        return step.model_copy(update={"state": ToolState.SUCCEEDED, "result": result})
+    is_question = review.kind is ReviewKind.QUESTION
+    if review.status is ReviewStatus.EXPIRED:
+        why = "Nobody answered in time." if is_question else "Not called: nobody approved this call in time."
+    else:
+        did = "does not answer" if is_question else "rejected this call"
+        why = f"A person {did}: {review.reason or 'no reason given'}"
     return step.model_copy(update={"state": ToolState.REJECTED, "result": why})
+
+
+def _note(asked: Sequence[Review], arguments: JsonValue) -> str | None:
+    """What the model is told beside the result where it was not the call that it asked for."""
+    if not any(review.decision is Decision.EDIT for review in asked):
+        return None
+    return f"A person changed the arguments of this call to {canonical_json(arguments)}."
 
 
 def _invalid(state: RunState, open_call: OpenCall, why: str) -> ToolStep:
