@@ -6,11 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import click.testing
 import psycopg
 import pytest
 from click.testing import CliRunner
+from psycopg import sql
 
 import app.cli
 from app import __version__
@@ -19,6 +22,7 @@ from app.devstack.access import is_accepted
 from app.devstack.ports import free_port
 from tests.stack import clean_env
 
+COMMANDS = ["api", "audit", "demo", "dev", "keys", "migrate", "reviews", "worker"]
 Result = subprocess.CompletedProcess[str]
 Cli = Callable[..., Result]
 Keys = Callable[..., click.testing.Result]
@@ -52,7 +56,7 @@ def cli(database_url: str, redis_url: str) -> Cli:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.returncode == 0
-    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE) == ["api", "demo", "dev", "keys", "migrate", "worker"]
+    assert re.findall(r"^  (\w+)  ", result.stdout, re.MULTILINE) == COMMANDS
 
 
 def test_help_loads_nothing_that_a_command_needs() -> None:
@@ -90,8 +94,8 @@ def test_a_database_that_is_away_is_one_line_and_exit_code_1(command: tuple[str,
     assert "hunter2" not in result.stderr
 
 
-def test_a_database_without_tables_says_what_to_do(cli: Cli, database_url: str) -> None:
-    with psycopg.connect(database_url) as connection:
+def test_a_database_without_tables_says_what_to_do(cli: Cli, owner_url: str) -> None:
+    with psycopg.connect(owner_url) as connection:
         connection.execute("DROP TABLE api_keys")
     result = cli("keys", "list")
     assert (result.returncode, result.stderr) == (
@@ -100,8 +104,27 @@ def test_a_database_without_tables_says_what_to_do(cli: Cli, database_url: str) 
     )
 
 
-def test_migrate_says_that_it_is_done(cli: Cli) -> None:
-    result = cli("migrate")
+def test_a_user_without_the_rights_of_the_service_is_told_who_gives_them(cli: Cli, owner_url: str) -> None:
+    user = f"stranger_{uuid4().hex[:12]}"
+    with psycopg.connect(owner_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE ROLE {} LOGIN PASSWORD 'x'").format(sql.Identifier(user)))
+        try:
+            address = urlsplit(owner_url)
+            theirs = address._replace(netloc=f"{user}:x@{address.hostname}:{address.port}").geturl()
+            refused = cli("keys", "list", DATABASE_URL=theirs)
+            assert refused.returncode == 1
+            assert refused.stderr == (
+                "agent-service: the database: permission denied for table api_keys (is OWNER_DATABASE_URL set?"
+                " `agent-service migrate` gives the user of DATABASE_URL its rights)\n"
+            )
+            assert cli("migrate", DATABASE_URL=theirs, OWNER_DATABASE_URL=owner_url).returncode == 0
+            assert cli("keys", "list", DATABASE_URL=theirs).returncode == 0
+        finally:
+            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(user)))
+
+
+def test_migrate_as_the_owner_says_that_it_is_done(cli: Cli, owner_url: str) -> None:
+    result = cli("migrate", OWNER_DATABASE_URL=owner_url)
     assert (result.returncode, result.stderr) == (0, "The database is up to date.\n")
 
 

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import httpx
+import psycopg
 import pytest
 
-from app.devstack.access import make_key
+from app.devstack.access import is_accepted, make_key
 from app.devstack.stack import ROOT
 from tests.scripts import DONE, Script, call, rest, steps_of, submit
 from tests.stack import Stack
@@ -53,29 +56,74 @@ def test_the_agent_of_the_readme_works(stack: Stack, weather: httpx.Client) -> N
     assert tool["function"]["parameters"]["properties"]["days"]["description"] == "How many days, at most a week."
 
 
+def shell(lines: str, stack: Stack, *, cwd: Path = ROOT, **env: str) -> str:
+    """What it prints, on this stack; `agent-service` is this source tree's."""
+    lines = lines.replace("http://127.0.0.1:8000", stack.api.address).replace("agent-service ", "$PYTHON -m app ")
+    own = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["sh", "-ec", lines],
+        env={**own, "AGENT_SERVICE_URL": stack.api.address, **env},
+        cwd=cwd,
+        input="y\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
 def test_the_curl_lines_of_the_readme_work(stack: Stack, client: httpx.Client) -> None:
     submitting, *reading = re.findall(r"^curl (?:[^\n]*\\\n)*[^\n]*$", README, re.MULTILINE)
     key = client.headers["Authorization"].removeprefix("Bearer ")
 
-    def shell(line: str, **env: str) -> str:
-        line = line.replace("http://127.0.0.1:8000", stack.api.address)
-        result = subprocess.run(
-            ["sh", "-c", line],
-            env={"KEY": key, "PATH": "/usr/bin:/bin", **env},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return result.stdout
-
-    run_id = re.findall(r'"id":\s*"([^"]+)"', shell(submitting))[0]
-    answers = [shell(line, ID=run_id) for line in reading]
+    run_id = re.findall(r'"id":\s*"([^"]+)"', shell(submitting, stack, KEY=key))[0]
+    answers = [shell(line, stack, KEY=key, ID=run_id) for line in reading]
     assert len(answers) == 2
     assert '"status":"succeeded"' in answers[0].replace(": ", ":")
     assert "lookup_order" in answers[1]
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"agent-service ([a-z]+(?: create)?)", README))))
+def test_the_reviewers_commands_of_the_readme_work(stack: Stack, client: httpx.Client, tenant: str) -> None:
+    [creating] = re.findall(r"`(agent-service keys create [^`]*reviews:decide)`", README)
+    [deciding] = re.findall(r"```sh\n(export AGENT_SERVICE_KEY.*?)```", README, re.DOTALL)
+    key = shell(creating.replace("acme", tenant), stack, DATABASE_URL=stack.database_url).strip()
+    run = rest(client, submit(client, "support", "My teapot from order A-1001 arrived broken. I want a refund."))
+    assert run["status"] == "waiting"
+    [review] = client.get("/v1/reviews", params={"status": "pending"}).json()["data"]
+    told = shell(deciding.replace("…", key), stack, REVIEW=review["id"])
+    assert told.count(review["id"]) >= 3
+    assert rest(client, run)["status"] == "succeeded"
+
+
+def test_the_database_is_prepared_as_the_readme_says(stack: Stack) -> None:
+    [migrating] = re.findall(r"^OWNER_DATABASE_URL=.* migrate$", README, re.MULTILINE)
+    [role] = re.findall(r"`(CREATE ROLE service LOGIN PASSWORD '…')`", README)
+    user = f"service_{uuid4().hex[:12]}"
+    owner = stack.postgres.create_database(user)
+    service = urlsplit(owner)._replace(netloc=f"{user}:x@{urlsplit(owner).netloc.partition('@')[2]}").geturl()
+    with psycopg.connect(stack.postgres.url(), autocommit=True) as admin:
+        try:
+            admin.execute(role.replace("service", user).replace("…", "x"))
+            shell(migrating, stack, OWNER=owner, DATABASE_URL=service)
+            with psycopg.connect(service) as limited, pytest.raises(psycopg.errors.InsufficientPrivilege):
+                limited.execute("DELETE FROM audit_events")
+            assert is_accepted(service, make_key(service, tenant="acme", name="web"))
+        finally:
+            stack.postgres.drop_database(user)
+            admin.execute(f"DROP ROLE IF EXISTS {user}")
+
+
+def test_the_audits_commands_of_the_readme_work(
+    stack: Stack, database_url: str, owner_url: str, tmp_path: Path
+) -> None:
+    [block] = re.findall(r"```sh\n(agent-service audit.*?)```", README, re.DOTALL)
+    shell(block, stack, cwd=tmp_path, DATABASE_URL=database_url, OWNER_DATABASE_URL=owner_url)
+    assert {file.name for file in tmp_path.iterdir()} == {"signing-key.pem", "public-key.pem", "audit.jsonl.gz"}
+
+
+COMMAND = r"agent-service ([a-z]+(?: (?:create|list|show|decide|keygen|verify|export|erase|retain))?)"
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(COMMAND, README))))
 def test_the_commands_of_the_readme_exist(command: str) -> None:
     subprocess.run([sys.executable, "-m", "app", *command.split(), "--help"], check=True, capture_output=True)
 

@@ -34,6 +34,7 @@ _THIS_ORDER = re.compile(
     re.IGNORECASE,
 )
 _FAULT = re.compile(r"\b(broken?|damaged?|fault\w*|defect\w*|wrong|crack\w*|chipped|smashed)\b", re.IGNORECASE)
+_REJECTION = re.compile(r"A person rejected this call: (.*)", re.DOTALL)
 _COURTESY = re.compile(r"\b(thanks?|thank you|cheers)\b", re.IGNORECASE)
 _LITTLE_WORDS = """
     a about also an and any anything are arrive arrived as ask at be been but by can could did didn do does
@@ -251,14 +252,21 @@ def _about_refund(talk: _Conversation) -> Iterator[str]:
     if talk.refusal:
         yield talk.refusal
         return
-    receipt = _json(talk.refund_text or "")
-    if isinstance(receipt, dict) and "reference" in receipt:
+    if (receipt := _receipt(talk.refund_text or "")) is not None:
         amount = f"{receipt.get('amount')} {receipt.get('currency')}"
         yield f"I have refunded {amount}; the reference is {receipt['reference']}."
+    elif (said_no := _REJECTION.match(talk.refund_text or "")) is not None:
+        yield f"My colleagues have not approved the refund: {said_no[1]}"
     elif talk.refund_text:
         yield f"About the refund our system says: {talk.refund_text}"
     else:
         yield "I cannot issue refunds myself; a colleague will do it."
+
+
+def _receipt(text: str) -> dict[str, Any] | None:
+    """What the refund tool returned; where a person changed the arguments, a line above it says so."""
+    found = _json(text) or _json(text.rpartition("\n")[2])
+    return found if isinstance(found, dict) and "reference" in found else None
 
 
 def _refundable(order: dict[str, Any]) -> Decimal:

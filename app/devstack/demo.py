@@ -1,4 +1,4 @@
-"""`agent-service demo`: one real run on a stack of its own, told step by step."""
+"""`agent-service demo`: one real run on a stack of its own, told step by step, with a person's approval in it."""
 
 import json
 import shutil
@@ -19,6 +19,7 @@ from app.devstack.lock import exclusive, is_held
 from app.devstack.processes import ProcessFailed, Reaper
 from app.devstack.stack import Stack
 from app.devstack.terminal import coloured
+from app.domain.principal import Scope
 
 AGENT = "support"
 TASK = (
@@ -26,6 +27,8 @@ TASK = (
     "Do I have to send the broken one back?"
 )
 _POLL_SECONDS = 1
+_LOOK_SECONDS = 0.02
+"""How often it is looked whether an approved run goes on."""
 _PATIENCE_SECONDS = 30
 """On top of the run's deadline: how long until a run that does not end is given up."""
 
@@ -46,11 +49,11 @@ def demo() -> bool:
         try:
             stack.start()
             print(f"Ready after {time.monotonic() - began:.1f} s.\n", flush=True)
-            key = make_key(stack.database_url, tenant="demo", name="demo")
-            with httpx.Client(
-                base_url=stack.api.address, headers={"Authorization": f"Bearer {key}"}, timeout=30, trust_env=False
-            ) as client:
-                run = _watch(client, _submit(client), stack)
+            with (
+                _client(stack, "customers", Scope.RUNS_READ, Scope.RUNS_WRITE) as client,
+                _client(stack, "reviewer", Scope.REVIEWS_READ, Scope.REVIEWS_DECIDE) as reviewer,
+            ):
+                run = _watch(client, reviewer, _submit(client), stack)
             _conclude(run, with_stand_in=stack.model is not None)
         finally:
             stack.stop()
@@ -72,6 +75,13 @@ def _scratch_directory() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+def _client(stack: Stack, name: str, *scopes: Scope) -> httpx.Client:
+    """With a key of its own."""
+    key = make_key(stack.database_url, tenant="demo", name=name, scopes=scopes)
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=stack.api.address, headers=headers, timeout=30, trust_env=False)
+
+
 def _submit(client: httpx.Client) -> Json:
     print(f"To the agent {AGENT!r}:\n\n{_paragraph(TASK)}\n")
     sent = time.monotonic()
@@ -82,12 +92,12 @@ def _submit(client: httpx.Client) -> Json:
     return run
 
 
-def _watch(client: httpx.Client, run: Json, stack: Stack) -> Json:
-    """Poll until the run has ended or waits for a person, and tell every step once. Returns the run as it is then."""
+def _watch(client: httpx.Client, reviewer: httpx.Client, run: Json, stack: Stack) -> Json:
+    """Poll until the run has ended, tell every step once, and approve what it waits for. Returns the run's end."""
     give_up = time.monotonic() + run["limits"]["deadline_s"] + _PATIENCE_SECONDS
     path = f"/v1/runs/{run['id']}"
     told = 0
-    while run["status"] in ("queued", "running"):
+    while run["status"] in ("queued", "running", "waiting"):
         stack.check()
         if time.monotonic() > give_up:
             raise ProcessFailed(f"run {run['id']} does not end")
@@ -96,7 +106,41 @@ def _watch(client: httpx.Client, run: Json, stack: Stack) -> Json:
         for step in steps[told:]:
             print(_tell_model_step(step) if step["kind"] == "model" else _tell_tool_step(step), flush=True)
         told = len(steps)
+        if run["status"] == "waiting":
+            _approve(reviewer, run)
+            _wait_until_it_goes_on(client, path, give_up)
     return run
+
+
+def _approve(reviewer: httpx.Client, run: Json) -> None:
+    """Decide all that the run waits for, as a person who has read it."""
+    print("\nThe run waits for a person; no worker holds it. What a reviewer, with a key of their own, is shown:\n")
+    pending = _json(reviewer.get("/v1/reviews", params={"status": "pending"}))["data"]
+    for review in (_json(reviewer.get(f"/v1/reviews/{each['id']}")) for each in pending if each["run_id"] == run["id"]):
+        print(_tell_review(review))
+        path = f"/v1/reviews/{review['id']}/decision"
+        decided = _json(reviewer.post(path, json={"decision": "approve", "args_hash": review["args_hash"]}))
+        print(f"\nPOST {path}: {decided['decision']}, pinned to what was shown", flush=True)
+
+
+def _wait_until_it_goes_on(client: httpx.Client, path: str, give_up: float) -> None:
+    """Call it right after the decision: tells how long the run took to be in a worker's hands again."""
+    began = time.monotonic()
+    while _json(client.get(path))["status"] in ("waiting", "queued"):
+        if time.monotonic() > give_up:
+            raise ProcessFailed("the run does not go on after its approval")
+        time.sleep(_LOOK_SECONDS)
+    print(f"The run went on {time.monotonic() - began:.2f} s after the decision.\n", flush=True)
+
+
+def _tell_review(review: Json) -> str:
+    proposal = f"{coloured(review['tool'], '33')}({_arguments(review['arguments'])})"
+    effects = [(each["decision"], each["effect"]) for each in review["decisions"]]
+    lines = [("why", review["why"]), ("proposal", proposal), *effects]
+    indent = " " * 12
+    return "\n".join(
+        textwrap.fill(text, 112, initial_indent=f"  {name:10}", subsequent_indent=indent) for name, text in lines
+    )
 
 
 def _tell_model_step(step: Json) -> str:

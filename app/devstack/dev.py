@@ -1,6 +1,7 @@
 """`agent-service dev`: the whole stack until Ctrl-C, its data kept in `.dev/`, restarted when a source file changes."""
 
 import os
+import shlex
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,14 @@ def _welcome(stack: Stack) -> str:
     if not key_file.exists() or not is_accepted(stack.database_url, key_file.read_text().strip()):
         _write_private(key_file, make_key(stack.database_url, tenant=TENANT, name="development") + "\n")
     env_file = DATA / "env"
-    _write_private(env_file, f"DATABASE_URL={stack.database_url}\nREDIS_URL={stack.redis_url}\n")
+    variables = {
+        "DATABASE_URL": stack.database_url,
+        "REDIS_URL": stack.redis_url,
+        "AGENT_SERVICE_URL": stack.api.address,
+        "AUDIT_ANCHOR": str(stack.audit_anchor),
+        "AGENT_SERVICE_KEY": key_file.read_text().strip(),
+    }
+    _write_private(env_file, "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items()))
     key, env = key_file.relative_to(ROOT), env_file.relative_to(ROOT)
     return f"""
   The API is at {stack.api.address}, its description at {stack.api.address}/openapi.json.
@@ -107,7 +115,8 @@ def _welcome(stack: Stack) -> str:
       -H "Content-Type: application/json" -d '{{"agent": "support", "input": "{_QUESTION}"}}'
     curl -s "{stack.api.address}/v1/runs/$RUN?wait=30" -H "Authorization: Bearer $(cat {key})"
 
-  For other commands, such as `agent-service keys list`:  set -a; . {env}; set +a
+  This refund is large enough to wait for a person: `agent-service reviews list`, then `reviews show` and `decide`.
+  For that and other commands, such as `agent-service keys list`:  set -a; . {env}; set +a
   Ctrl-C stops everything.
 """
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from app.agents.support import Answer, agent
 from app.agents.support.search import load_articles
+from app.agents.support.tools import APPROVAL_ABOVE
 from app.domain.errors import ToolError
 from app.domain.tool import Effect, ToolContext
 from app.registry import load_agents
@@ -66,6 +67,21 @@ def test_a_refund_is_once_and_its_reference_is_the_same_for_the_same_call() -> N
     assert first == again
     assert first["amount"] == "10.00"
     assert first["reference"] != other["reference"]
+
+
+def test_a_small_refund_is_free_and_a_large_one_needs_approval() -> None:
+    tool = agent.tools_by_name["refund"]
+    for amount, needed in ((0.01, False), (25, False), ("25.00", False), ("25.01", True), (1_000, True)):
+        arguments = tool.arguments.model_validate({"order_id": "A-1001", "amount": amount, "reason": "broken"})
+        assert tool.needs_approval(arguments) is needed, amount
+
+
+def test_looking_never_needs_approval() -> None:
+    assert [tool.name for tool in agent.tools if tool.approval is not False] == ["refund"]
+
+
+def test_the_instructions_name_the_amount() -> None:
+    assert f"A refund of more than {APPROVAL_ABOVE} waits" in agent.render_instructions("hello")
 
 
 @pytest.mark.parametrize("amount", [43.91, "43.91", 1_000])

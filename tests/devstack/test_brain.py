@@ -25,10 +25,14 @@ CONTEXT = ToolContext(
 
 
 class Talk:
-    """A conversation: `say` gives the answer, `calls` are the tool calls made on the way, one list a turn."""
+    """A conversation: `say` gives the answer, `calls` are the tool calls made on the way, one list a turn.
 
-    def __init__(self, *, finds: list[str]) -> None:
+    `reviewer` makes of a refund's result what the model is told in its place.
+    """
+
+    def __init__(self, *, finds: list[str], reviewer: Callable[[str], str] | None = None) -> None:
         self.calls: list[list[tuple[str, dict[str, Any]]]] = []
+        self._reviewer = reviewer or (lambda result: result)
         self._messages: list[dict[str, Any]] = [{"role": "system", "content": agent.instructions}]
         found = [load_articles()[article] for article in finds]
         hits = [{"id": article.id, "title": article.title, "text": article.body} for article in found]
@@ -68,7 +72,8 @@ class Talk:
 
     def _call(self, name: str, arguments: dict[str, Any]) -> str:
         try:
-            return json.dumps(self._tools[name](arguments))
+            result = json.dumps(self._tools[name](arguments))
+            return self._reviewer(result) if name == "refund" else result
         except ToolError as error:
             return str(error)
 
@@ -116,6 +121,20 @@ def test_an_unknown_order_is_said_to_be_unknown() -> None:
 def test_what_the_tool_refuses_is_passed_on() -> None:
     answer = Talk(finds=[]).say("Please refund 100 EUR of order A-1001")
     assert "at most 43.90 EUR" in answer.answer
+
+
+def test_a_refund_that_a_person_rejected_is_said_to_be_so_and_not_asked_for_again() -> None:
+    talk = Talk(finds=[], reviewer=lambda _: "A person rejected this call: the photographs show another pot")
+    answer = talk.say("My teapot from order A-1001 arrived broken. I want a refund.")
+    assert "My colleagues have not approved the refund: the photographs show another pot" in answer.answer
+    assert [name for turn in talk.calls for name, _ in turn].count("refund") == 1
+
+
+def test_a_refund_whose_amount_a_person_changed_is_told_as_it_was_made() -> None:
+    changed = '{"reference":"RF-1","order_id":"A-1001","amount":"20.00","currency":"EUR"}'
+    talk = Talk(finds=[], reviewer=lambda _: f"A person changed the arguments of this call.\n{changed}")
+    answer = talk.say("My teapot from order A-1001 arrived broken. I want a refund.")
+    assert "I have refunded 20.00 EUR; the reference is RF-1." in answer.answer
 
 
 def test_no_refund_after_30_days_or_before_delivery_or_twice() -> None:

@@ -105,6 +105,16 @@ def test_dev_runs_until_ctrl_c_and_restarts_what_is_edited(dev: Dev, project: Pa
         f"http://{LOOPBACK}:{dev.port}/v1/agents", headers={"Authorization": f"Bearer {key_file.read_text().strip()}"}
     )
     assert [agent["name"] for agent in answer.json()["data"]] == ["support"]
+    listing = subprocess.run(
+        ["sh", "-ec", f"set -a; . .dev/env; set +a; {sys.executable} -m app reviews list"],
+        cwd=project,
+        env=clean_env(),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (listing.returncode, listing.stderr) == (0, "")
+    assert listing.stdout.startswith("ID ")
 
     source = project / "app" / "agents" / "another.py"
     source.write_text("def broken(")
@@ -159,12 +169,23 @@ def test_the_demo_tells_a_run_step_by_step_and_leaves_nothing_behind(project: Pa
         "gpt-5-mini asks for ",
         'lookup_order(order_id="A-1001")',
         "search_articles(query=",
-        "refund(",
+        "The run waits for a person",
+        "  why       The tool refund asks for approval",
+        '  proposal  refund(amount="43.9", reason=',
+        "  approve   ",
+        "  edit      ",
+        "  reject    ",
+        "/decision: approve, pinned to what was shown",
         "succeeded · effect once",
         "It cites: ",
         "succeeded (final_answer): ",
         "The stand-in model answered",
     ):
         assert told in result.stdout
+    went_on = re.search(r"The run went on (\d+\.\d\d) s after the decision\.", result.stdout)
+    assert went_on is not None
+    assert float(went_on[1]) <= 2
+    assert result.stdout.count("The run waits for a person") == 1
+    assert re.findall(r"^ {2}(\d)  ", result.stdout, re.MULTILINE) == [str(seq) for seq in range(6)]
     assert re.search(r"\d+ tokens in \(\d+ cached\), \d+ out · \$0\.\d{6} · \d\.\d\d s", result.stdout)
     assert list((project / ".dev").iterdir()) == []

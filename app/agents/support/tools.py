@@ -15,6 +15,9 @@ from app.domain.tool import Effect, ToolContext, tool
 
 Order = dict[str, Any]
 
+APPROVAL_ABOVE = Decimal(25)
+"""A refund of more than this, in the order's currency, needs a person's approval."""
+
 
 @tool
 async def search_articles(query: Annotated[str, Field(max_length=500)], ctx: ToolContext) -> list[dict[str, str]]:
@@ -37,7 +40,8 @@ def lookup_order(order_id: str) -> Order:
     return _order(order_id)
 
 
-@tool(effect=Effect.ONCE)
+# The predicate sees one call. What several small refunds of an order may come to is for your order system to say.
+@tool(effect=Effect.ONCE, approval=lambda arguments: arguments.amount > APPROVAL_ABOVE)
 def refund(
     order_id: str, amount: Annotated[Decimal, Field(gt=0, decimal_places=2)], reason: str, ctx: ToolContext
 ) -> dict[str, str]:
