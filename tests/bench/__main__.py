@@ -26,13 +26,28 @@ from app.devstack.processes import Process, Reaper
 from app.devstack.stack import ROOT, Api, Stack
 from tests.bench.client import Client, quantile
 from tests.bench.crash import measure_crash
+from tests.bench.people import measure_people
 from tests.bench.scenario import SCENARIO, measure_scenario, measure_workers
+from tests.bench.sealing import measure_sealing
 from tests.bench.sweeper import measure_sweeper
+from tests.bench.verifying import measure_verifying
 from tests.bench.waiting import measure_waiting
 
 SLOTS = 30
 FULL = 100_000
-PARTS = ["start", "idle", "scenario", "workers", "waiting", "full", "sweeper", "crash"]
+PARTS = [
+    "start",
+    "idle",
+    "scenario",
+    "workers",
+    "waiting",
+    "full",
+    "sweeper",
+    "people",
+    "sealing",
+    "verifying",
+    "crash",
+]
 FORBIDDEN = ("openai", "langfuse", "opentelemetry")
 
 
@@ -73,6 +88,12 @@ def main() -> None:
             asyncio.run(measure_full_table(table, stack, reaper))
         if "sweeper" in parts:
             table.rows(measure_sweeper(stack))
+        if "people" in parts:
+            table.rows(asyncio.run(measure_people(stack, key)))
+        if "sealing" in parts:
+            table.rows(measure_sealing(stack))
+        if "verifying" in parts:
+            table.rows(measure_verifying(stack))
         if "crash" in parts:
             table.rows(asyncio.run(measure_crash(stack, key)))
 
@@ -94,19 +115,7 @@ def a_stack() -> Iterator[tuple[Stack, Reaper]]:
 
 
 def make_key(env: dict[str, str]) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "app",
-        "keys",
-        "create",
-        "--tenant",
-        "bench",
-        "--name",
-        "bench",
-        "--scope",
-        "admin",
-    ]
+    command = [sys.executable, "-m", "app", "keys", "create", "--tenant", "bench", "--name", "bench"]
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 
@@ -157,11 +166,12 @@ async def measure_full_table(table: Table, stack: Stack, reaper: Reaper) -> None
     apis: list[Api] = []
     try:
         for name in ("empty", "full"):
-            url = stack.postgres.create_database(f"bench_{name}")
-            upgrade(url)
+            owner_url = stack.postgres.create_database(f"bench_{name}")
+            upgrade(owner_url)
+            url = stack.postgres.service_url(f"bench_{name}")
             env = {**stack.env, "DATABASE_URL": url, "REDIS_URL": stack.valkey.url(1 if name == "empty" else 2)}
             if name == "full":
-                fill(url)
+                fill(owner_url)
             api = Api(name, log=stack.directory / f"{name}.log", reaper=reaper)
             api.env = env | api.own_env
             apis.append(api)

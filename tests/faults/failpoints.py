@@ -92,12 +92,14 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _main(role: str) -> None:
-    """`worker` or `api`, with failpoints."""
+    """`worker` or `api`, or one round of the worker's `sealer`, with failpoints."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "app"]:
         del sys.modules[name]  # what this module has imported itself was loaded without them
     sys.meta_path.insert(0, _Finder())
     if role == "worker":
         runpy.run_module("worker", run_name="__main__")
+    elif role == "sealer":
+        runpy.run_module("tests.faults.seal", run_name="__main__")
     else:
         sys.argv = ["app", "api"]
         runpy.run_module("app", run_name="__main__")

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from app.audit.proof import Event, event_hash
 from tests.faults.rig import TERMINAL, Rig, Row
 
 _ENDS = {"run.succeeded": "succeeded", "run.failed": "failed", "run.cancelled": "cancelled"}
@@ -34,11 +35,15 @@ def broken(rig: Rig, run_ids: Sequence[str]) -> Findings:
     wanted = [list(run_ids)]
     runs = {str(row["id"]): row for row in rig.rows("SELECT * FROM runs WHERE id = ANY(%s::uuid[])", wanted)}
     steps = _by_run(rig.rows("SELECT * FROM steps WHERE run_id = ANY(%s::uuid[]) ORDER BY run_id, seq", wanted))
-    events = _by_run(rig.rows("SELECT * FROM audit_events WHERE run_id = ANY(%s::uuid[]) ORDER BY run_id, seq", wanted))
+    events = _by_run(
+        rig.rows(
+            "SELECT *, data::text AS text FROM audit_events WHERE run_id = ANY(%s::uuid[]) ORDER BY run_id, seq", wanted
+        )
+    )
     heads = {
-        str(row["run_id"]): row["seq"]
-        for row in rig.rows("SELECT * FROM audit_heads WHERE run_id = ANY(%s::uuid[])", wanted)
+        str(row["run_id"]): row for row in rig.rows("SELECT * FROM audit_heads WHERE run_id = ANY(%s::uuid[])", wanted)
     }
+    reviews = _by_run(rig.rows("SELECT * FROM reviews WHERE run_id = ANY(%s::uuid[])", wanted))
     arrived = {kind: rig.ledger.arrivals(kind) for kind in ("put", "charge")}
     findings = Findings()
     for run_id in run_ids:
@@ -47,8 +52,10 @@ def broken(rig: Rig, run_ids: Sequence[str]) -> Findings:
             findings.lost.append(f"{run_id} was accepted and is {run['status'] if run else 'unknown'}")
             continue
         findings.wrong += [f"{run_id}: {what}" for what in _record(run, steps[run_id], events[run_id])]
-        if heads.get(run_id) != len(events[run_id]):
-            findings.wrong.append(f"{run_id}: the audit's head is {heads.get(run_id)} of {len(events[run_id])} events")
+        findings.wrong += [f"{run_id}: {what}" for what in _chain(heads.get(run_id), events[run_id])]
+        findings.wrong += [
+            f"{run_id}: {what}" for what in _reviews(arrived["charge"], run, reviews[run_id], events[run_id])
+        ]
         findings.wrong += [f"{run_id}: {what}" for what in _effects_missing(arrived, run, steps[run_id])]
     findings.doubled += _doubled(rig, set(run_ids))
     findings.wrong += _left_in_redis(rig, set(run_ids))
@@ -86,6 +93,33 @@ def _record(run: Row, steps: list[Row], events: list[Row]) -> Iterator[str]:
     for step in steps:
         if step["kind"] == "tool" and answers[step["seq"]] != (step["state"] in _ANSWERED):
             yield f"step {step['seq']} is {step['state']}, with {answers[step['seq']]} answers in the audit"
+
+
+def _chain(head: Row | None, events: list[Row]) -> Iterator[str]:
+    """The audit is a chain of hashes, and its head is the last of them."""
+    previous = None
+    for row in events:
+        event = Event(**{name: row[name] for name in Event._fields} | {"data": row["text"]})
+        if event.hash != event_hash(event, previous):
+            yield f"event {event.seq} breaks the chain"
+        previous = event.hash
+    if head is None or (head["seq"], head["hash"]) != (len(events), previous):
+        yield f"the audit's head is {head}, its last event the {len(events)}th"
+
+
+def _reviews(charged: Counter[str], run: Row, reviews: list[Row], events: list[Row]) -> Iterator[str]:
+    """Each was asked and decided once, none is left over, and what needed approval happened only with it."""
+    for kind, states in (("review.requested", None), ("review.decided", ("decided",))):
+        recorded = Counter(event["data"]["id"] for event in events if event["kind"] == kind)
+        wanted = Counter(str(review["id"]) for review in reviews if states is None or review["status"] in states)
+        if recorded != wanted:
+            yield f"its audit has {kind} of {dict(recorded)}, its reviews say {dict(wanted)}"
+    for review in reviews:
+        if review["status"] == "pending":
+            yield f"review {review['id']} still waits for a decision"
+        allowed = review["decision"] in ("approve", "edit")
+        if review["kind"] == "approval" and not allowed and charged[f"{run['id']}:{review['seq']}"]:
+            yield f"step {review['seq']} was charged, and its review is {review['status']}: {review['decision']}"
 
 
 def _is_answer(event: Row) -> bool:

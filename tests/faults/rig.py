@@ -4,6 +4,8 @@ The API and the workers reach Postgres and Valkey through proxies, and have fail
 Valkey itself goes past the proxies.
 """
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from psycopg.rows import dict_row
 from app.devstack.access import make_key
 from app.devstack.processes import Process, Reaper
 from app.devstack.stack import Api, Worker
+from app.domain.principal import Scope
 from tests.faults.failpoints import Failpoint
 from tests.faults.ledger import Ledger
 from tests.faults.proxy import Proxy
@@ -103,7 +106,11 @@ class Rig(Stack):
         self.other.spawn()
         super().start_service()
         self.other.wait_ready()
-        key = make_key(self.database_url, tenant=TENANT, name="faults")
+        self.client = self._client("submitter", Scope.RUNS_READ, Scope.RUNS_WRITE)
+        self.reviewer = self._client("reviewer", Scope.REVIEWS_READ, Scope.REVIEWS_DECIDE)
+
+    def _client(self, name: str, *scopes: Scope) -> httpx.Client:
+        key = make_key(self.database_url, tenant=TENANT, name=name, scopes=scopes)
         client = httpx.Client(
             base_url=self.api.address,
             headers={"Authorization": f"Bearer {key}"},
@@ -111,7 +118,7 @@ class Rig(Stack):
             trust_env=False,
             verify=False,
         )
-        self.client = self._open.enter_context(client)
+        return self._open.enter_context(client)
 
     def heal(self) -> None:
         """Start again what an earlier fault has ended, or left frozen."""
@@ -189,26 +196,28 @@ class Rig(Stack):
         self.until(lambda: {"queued", "running"}.isdisjoint(self.open_of(runs).values()), seconds=seconds)
 
     def decide(self, run_id: str) -> None:
-        """Be the operator who looks into the ledger: did the call in doubt happen?
-
-        A careful one: while a worker is frozen nobody can say that it did not.
-        """
+        """Be the reviewer: agree to what needs approval, and find out from the ledger what became of calls in doubt."""
         if any(
             psutil.Process(worker.pid).status() == psutil.STATUS_STOPPED for worker in self.workers if worker.is_running
         ):
             self._frozen_at = time.monotonic()
         for review in self.rows("SELECT * FROM reviews WHERE run_id = %s AND status = 'pending'", [run_id]):
-            happened = self.ledger.arrivals("charge")[f"{run_id}:{review['seq']}"] > 0
-            if not happened and time.monotonic() < self._frozen_at + AWAKE_SECONDS:
+            decision = {"decision": "approve"} if review["kind"] == "approval" else self._settle_doubt(review)
+            if decision is None:
                 return
-            decision = {"decision": "respond", "response": "happened"} if happened else {"decision": "approve"}
             try:
-                answer = self.client.post(
+                answer = self.reviewer.post(
                     f"/v1/reviews/{review['id']}/decision", json={**decision, "args_hash": review["args_hash"]}
                 )
             except httpx.TransportError:
                 return  # the next look tells whether it counted
             assert answer.status_code in (200, 409, 503), answer.text
+
+    def _settle_doubt(self, review: Row) -> dict[str, str] | None:
+        """None: while a worker is frozen, nobody can say that the call did not happen."""
+        if self.ledger.arrivals("charge")[f"{review['run_id']}:{review['seq']}"] > 0:
+            return {"decision": "respond", "response": "happened"}
+        return None if time.monotonic() < self._frozen_at + AWAKE_SECONDS else {"decision": "approve"}
 
     def held_by(self, worker: Process) -> list[str]:
         """The runs that this worker holds."""
@@ -247,6 +256,15 @@ class Rig(Stack):
     def weather(self, **weather: object) -> None:
         """How the provider does from now on; see `app.devstack.model_server.Weather`."""
         httpx.put(f"{self.model_url}/_weather", json=weather).raise_for_status()
+
+    def verify_audit(self) -> Row:
+        """What `agent-service audit verify` says of everything there is, the anchor included."""
+        env = {**super().env, **self.sealing_env}
+        command = [sys.executable, "-m", "app", "audit", "verify", "--payloads", "--json"]
+        found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert found.returncode in (0, 1), found.stderr
+        report: Row = json.loads(found.stdout)
+        return report
 
     def asked(self) -> int:
         """How many completions the provider has been asked for."""

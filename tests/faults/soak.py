@@ -63,6 +63,8 @@ def soak(rig: Rig, random: Random, seconds: float, *, every_fault: bool) -> int:
     last = rig.settle(runs, seconds=120)
     took = time.monotonic() - began
     found = broken(rig, runs)
+    audit = rig.verify_audit()
+    found.wrong += [str(finding) for finding in audit["findings"]]
 
     ends = rig.rows(
         """
@@ -84,6 +86,7 @@ def soak(rig: Rig, random: Random, seconds: float, *, every_fault: bool) -> int:
         )
     print(f"{'asked a person (in doubt)':32}{reviews(rig, runs):8}")
     print(f"{'last run ended after, s':32}{last:8.1f}")
+    print(f"{'audit events verified':32}{audit['events']:8}  sealed in {audit['checkpoints']} checkpoints")
     for what, items in (("lost", found.lost), ("doubled", found.doubled), ("otherwise wrong", found.wrong)):
         print(f"{what:32}{len(items):8}")
     for line in found.all[:50]:

@@ -36,13 +36,13 @@ def test_a_decision_whose_commit_was_never_confirmed_counts_once(rig: Rig, holds
     try:
         # The end of a transaction, and not the beginning of one that is READ COMMITTED.
         swallowed = rig.postgres_proxy.swallow("COMMIT", replies=lambda reply: b"COMMIT\0" in reply)
-        unheard = rig.client.post(f"/v1/reviews/{review['id']}/decision", json=verdict)
+        unheard = rig.reviewer.post(f"/v1/reviews/{review['id']}/decision", json=verdict)
         swallowed.wait(5)
     finally:
         for worker in rig.workers:
             worker.resume()
     assert unheard.status_code == 503
-    again = rig.client.post(f"/v1/reviews/{review['id']}/decision", json=verdict)
+    again = rig.reviewer.post(f"/v1/reviews/{review['id']}/decision", json=verdict)
     assert (again.status_code, again.json()["type"]) == (409, "urn:agent-service:problem:review-decided")
     rig.settle(runs)
     holds("lost reply of Postgres", "the reply to a decision's COMMIT is lost", runs)

@@ -30,15 +30,15 @@ def postgres_proxy(servers: Stack, chunk_bytes: int) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def notes_url(servers: Stack, postgres_proxy: Proxy, database_url: str) -> str:
+def notes_url(servers: Stack, postgres_proxy: Proxy, owner_url: str) -> str:
     """By way of the proxy to a database with a table of notes."""
-    with psycopg.connect(database_url) as connection:
+    with psycopg.connect(owner_url) as connection:
         connection.execute("CREATE TABLE notes (body text)")
-    return database_url.replace(f":{servers.postgres.port}/", f":{postgres_proxy.port}/")
+    return owner_url.replace(f":{servers.postgres.port}/", f":{postgres_proxy.port}/")
 
 
-def notes(database_url: str) -> list[str]:
-    with psycopg.connect(database_url) as connection:
+def notes(owner_url: str) -> list[str]:
+    with psycopg.connect(owner_url) as connection:
         return [body for (body,) in connection.execute("SELECT body FROM notes ORDER BY body")]
 
 
@@ -86,10 +86,10 @@ def test_many_rows_of_many_statements_in_one_message_pass_and_are_swallowed(
     assert notes(notes_url) == []
 
 
-def test_in_silence_postgres_keeps_the_connection(notes_url: str, database_url: str, postgres_proxy: Proxy) -> None:
+def test_in_silence_postgres_keeps_the_connection(notes_url: str, owner_url: str, postgres_proxy: Proxy) -> None:
     ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'silent'"
     with (
-        psycopg.connect(database_url, autocommit=True) as postgres,
+        psycopg.connect(owner_url, autocommit=True) as postgres,
         psycopg.connect(notes_url, application_name="silent", autocommit=True) as connection,
     ):
         with postgres_proxy.silent():
@@ -98,4 +98,4 @@ def test_in_silence_postgres_keeps_the_connection(notes_url: str, database_url: 
             time.sleep(0.2)
             assert postgres.execute(ours).fetchone() == (1,)
         Stack.until(lambda: postgres.execute(ours).fetchone() == (0,))
-    assert notes(database_url) == []
+    assert notes(owner_url) == []

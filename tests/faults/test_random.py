@@ -54,3 +54,4 @@ def test_no_run_is_lost_and_no_effect_doubled_whatever_comes(rig: Rig, holds: Ho
     runs = sorted({*load.accepted, *rig.runs_since(before)})
     rig.settle(runs, seconds=40)
     holds(f"random, seed {SEED}", "all", runs)
+    assert rig.verify_audit()["findings"] == []
