@@ -221,6 +221,7 @@ class Executor:
                     "prompt_sha256": agent.prompt_sha256,
                     "prices_sha256": self._prices.digest,
                 },
+                tools=agent.tools_by_name,
                 instructions_sha256=(
                     None if isinstance(agent.instructions, str) else digest(agent.render_instructions(run.input))
                 ),

@@ -1,6 +1,6 @@
 """A claimed run's record: every step in Postgres with its audit, under the run's lease."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from pydantic import JsonValue
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -16,7 +16,7 @@ class RunJournal:
     """Records the steps of one claim.
 
     `versions` go into the audit of every model decision. `instructions_sha256`: of instructions that were made from the
-    run's input, so it goes with what can be erased.
+    run's input, so it goes with what can be erased. So do names that are not among `tools`: models make up some.
     """
 
     def __init__(
@@ -27,6 +27,7 @@ class RunJournal:
         lease_seconds: float,
         actor: str,
         versions: dict[str, JsonValue],
+        tools: Container[str],
         instructions_sha256: str | None,
     ) -> None:
         self._engine = engine
@@ -34,6 +35,7 @@ class RunJournal:
         self._lease_seconds = lease_seconds
         self._actor = actor
         self._versions = versions
+        self._tools = tools
         self._instructions_sha256 = instructions_sha256
 
     async def record(self, steps: Sequence[Step], used: RunUsage) -> None:
@@ -60,19 +62,24 @@ class RunJournal:
             }
             if self._instructions_sha256:
                 said["instructions_sha256"] = self._instructions_sha256
-            return AuditEntry(AuditKind.MODEL_REPLIED, {**_model_decision(step), **self._versions}, said)
+            asked: list[JsonValue] = [self._known(call.name) for call in step.tool_calls]
+            data = {**_model_decision(step), "tools": asked, **self._versions}
+            return AuditEntry(AuditKind.MODEL_REPLIED, data, said)
         intended = step.state is ToolState.INTENDED
-        payload: dict[str, JsonValue] = {"arguments": step.arguments}
+        payload: dict[str, JsonValue] = {"tool": step.tool, "arguments": step.arguments}
         if not intended:
             payload["result"] = step.result
-        return AuditEntry(AuditKind.TOOL_INTENDED if intended else AuditKind.TOOL_ANSWERED, _tool_call(step), payload)
+        kind = AuditKind.TOOL_INTENDED if intended else AuditKind.TOOL_ANSWERED
+        return AuditEntry(kind, {**_tool_call(step), "tool": self._known(step.tool)}, payload)
+
+    def _known(self, tool: str) -> str | None:
+        return tool if tool in self._tools else None
 
 
 def _model_decision(step: ModelStep) -> dict[str, JsonValue]:
     return {
         "step": step.seq,
         "model": step.model,
-        "tools": [call.name for call in step.tool_calls],
         "finish_reason": step.finish_reason,
         "input_tokens": step.usage.input_tokens,
         "output_tokens": step.usage.output_tokens,
@@ -83,7 +90,6 @@ def _model_decision(step: ModelStep) -> dict[str, JsonValue]:
 def _tool_call(step: ToolStep) -> dict[str, JsonValue]:
     return {
         "step": step.seq,
-        "tool": step.tool,
         "effect": step.effect,
         "state": step.state,
         "idempotency_key": step.idempotency_key,

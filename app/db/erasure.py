@@ -66,18 +66,24 @@ _RUN = text("""
                     request_hash = '', erased_at = now()
     WHERE id = :id RETURNING id
 """)
-# What may stay is named, so that whatever a step will say one day goes too.
+# What may stay is named, so that whatever a step will say one day goes too. A tool without an effect is one that the
+# model made up, or whose arguments did not fit: nothing was called, and its name is the model's word.
 _STEPS = text("""
+    WITH called AS (
+        SELECT DISTINCT body ->> 'tool' AS tool FROM steps WHERE run_id = :id AND body ->> 'effect' IS NOT NULL
+    )
     UPDATE steps SET body = CASE kind
         WHEN 'model' THEN jsonb_build_object(
             'model', body -> 'model', 'finish_reason', body -> 'finish_reason', 'usage', body -> 'usage',
             'cost_usd', body -> 'cost_usd', 'duration_ms', body -> 'duration_ms', 'retries', body -> 'retries',
             'tool_calls', (
-                SELECT coalesce(jsonb_agg(jsonb_build_object('id', call -> 'id', 'name', call -> 'name',
+                SELECT coalesce(jsonb_agg(jsonb_build_object('id', call -> 'id', 'name', coalesce(tool, ''),
                                                              'arguments', '') ORDER BY place), '[]')
-                FROM jsonb_array_elements(body -> 'tool_calls') WITH ORDINALITY AS asked (call, place)))
+                FROM jsonb_array_elements(body -> 'tool_calls') WITH ORDINALITY AS asked (call, place)
+                LEFT JOIN called ON tool = call ->> 'name'))
         ELSE jsonb_build_object(
-            'call_id', body -> 'call_id', 'tool', body -> 'tool', 'effect', body -> 'effect',
+            'call_id', body -> 'call_id', 'effect', body -> 'effect',
+            'tool', CASE WHEN body ->> 'effect' IS NULL THEN '' ELSE body ->> 'tool' END,
             'idempotency_key', body -> 'idempotency_key', 'duration_ms', body -> 'duration_ms',
             'arguments', NULL)
         END

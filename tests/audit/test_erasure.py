@@ -77,7 +77,8 @@ def test_nothing_that_a_subject_wrote_is_left(
     client: httpx.Client, stack: Stack, service: Evidence, tenant: str, marker: str
 ) -> None:
     done = say(f"done, {marker}")
-    replies = [call("echo", {"text": marker}), call("refuse", {"why": marker}), call("echo", f"no JSON, {marker}")]
+    replies = [call("echo", {"text": marker}), call(f"made-up-{marker}"), call("echo", f"no JSON, {marker}")]
+    replies += [call("refuse", {"why": marker})]
     replies[0]["content"] = f"hm, {marker}"
     answered = start(client, stack, "toolbox", marker, *replies, done)
     assert (answered["status"], answered["output"]) == ("succeeded", f"done, {marker}")
@@ -108,10 +109,11 @@ def test_nothing_that_a_subject_wrote_is_left(
         for step in steps_of(client, run):
             if step["kind"] == "model":
                 assert (step["content"], step["correction"]) == (None, None)
-                assert all(asked["name"] and asked["arguments"] == "" for asked in step["tool_calls"])
+                assert all(marker not in asked["name"] for asked in step["tool_calls"])
+                assert all(asked["arguments"] == "" for asked in step["tool_calls"])
             else:
                 assert (step["arguments"], step["result"]) == (None, None)
-                assert step["tool"]
+                assert bool(step["tool"]) == bool(step["effect"])  # the name of a tool that there is
         events = client.get(f"/v1/runs/{run['id']}/audit").json()["data"]
         assert "run.erased" in [event["kind"] for event in events]
     for review in client.get("/v1/reviews").json()["data"]:
