@@ -77,7 +77,18 @@ def steps_of(client: httpx.Client, run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def events_of(client: httpx.Client, run_id: str) -> list[dict[str, Any]]:
+    """The run's audit, page by page: where an operator's key looks often, its own looking fills many."""
+    events: list[dict[str, Any]] = []
+    params = {"limit": "100"}
+    while True:
+        page = client.get(f"/v1/runs/{run_id}/audit", params=params).json()
+        events += page["data"]
+        if page["next_cursor"] is None:
+            return events
+        params["cursor"] = page["next_cursor"]
+
+
 def audit_of(client: httpx.Client, run: Run) -> list[str]:
     """The kinds of the run's audit events, in order, but for those of our own looking."""
-    kinds = [event["kind"] for event in client.get(f"/v1/runs/{run['id']}/audit").json()["data"]]
-    return [kind for kind in kinds if kind != "run.read"]
+    return [event["kind"] for event in events_of(client, run["id"]) if event["kind"] != "run.read"]

@@ -14,7 +14,7 @@ from app.domain.review import ReviewKind
 from app.domain.run import StopReason
 from app.domain.step import ModelStep
 from tests.api.conftest import client_of
-from tests.scripts import DONE, Run, Script, audit_of, call, calls, rest, submit
+from tests.scripts import DONE, Run, Script, audit_of, call, calls, events_of, rest, submit
 from tests.stack import Stack
 from tests.waiting import limit_request, put_to_wait, request, rules
 
@@ -48,9 +48,8 @@ def decide(client: httpx.Client, review: Json, decision: str, **more: Any) -> ht
     return client.post(f"/v1/reviews/{review['id']}/decision", json=body)
 
 
-def events_of(client: httpx.Client, review: Json, kind: str) -> list[Json]:
-    events: list[Json] = client.get(f"/v1/runs/{review['run_id']}/audit").json()["data"]
-    return [event for event in events if event["kind"] == kind]
+def recorded(client: httpx.Client, review: Json, kind: str) -> list[Json]:
+    return [event for event in events_of(client, review["run_id"]) if event["kind"] == kind]
 
 
 def refused(response: httpx.Response, status: int, problem: str) -> Json:
@@ -301,7 +300,7 @@ def test_other_arguments_are_stored_beside_those_proposed(stack: Stack, client: 
     decided = decide(client, review, "edit", arguments={"amount": 40}, reason="too much").json()
     assert (decided["decision"], decided["status"], decided["edited"]) == ("edit", "decided", {"amount": 40})
     assert (decided["arguments"], decided["reason"]) == ({"amount": 60}, "too much")
-    (event,) = events_of(client, review, "review.decided")
+    (event,) = recorded(client, review, "review.decided")
     assert event["data"] == {"id": review["id"], "decision": "edit"}
     written = {"arguments": {"amount": 40}, "reason": "too much", "response": None}
     assert event["payload"] == {"args_hash": review["args_hash"], **written}
@@ -368,7 +367,7 @@ def test_a_limit_is_raised_and_the_run_goes_on(
     before = limits_of(client, review)
     assert decide(client, review, decision, **more).status_code == 200
     assert limits_of(client, review) == {**before, "max_steps": raised}
-    (event,) = events_of(client, review, "review.decided")
+    (event,) = recorded(client, review, "review.decided")
     assert event["data"]["limits"] == {"max_steps": raised}
     run = rest(client, {"id": str(run_id)})
     assert (run["status"], run["stop_reason"]) == ("succeeded", "final_answer")

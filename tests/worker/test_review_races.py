@@ -24,7 +24,7 @@ from app.db.engine import make_engine, transactional
 from app.devstack.access import make_key
 from app.domain.principal import Scope
 from tests.api.conftest import client_of
-from tests.scripts import DONE, Run, Script, call, calls, rest, submit
+from tests.scripts import DONE, Run, Script, call, calls, events_of, rest, submit
 from tests.stack import Stack
 from tests.waiting import put_to_wait, request, rules
 from tests.worker.test_outages import Outage, dead, frozen
@@ -67,8 +67,7 @@ def decision(client: httpx.Client, review: Json, what: str = "approve", **more: 
 
 def audit(client: httpx.Client, run_id: str) -> list[Json]:
     """Its events, but for those of our own looking."""
-    events: list[Json] = client.get(f"/v1/runs/{run_id}/audit", params={"limit": 100}).json()["data"]
-    return [event for event in events if event["kind"] != "run.read"]
+    return [event for event in events_of(client, run_id) if event["kind"] != "run.read"]
 
 
 def one_story(client: httpx.Client, run_id: str) -> tuple[Run, Counter[str]]:
