@@ -258,7 +258,7 @@ def test_a_store_that_hangs_is_given_up(store: ObjectStore, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "where", ["https://example.com/x", "s3:///x", "s3://", "file:///tmp/x", "ftp://x", "a\0b", "az://b/c"]
+    "where", ["https://example.com/x", "s3:///x", "s3://", "file:///x", "ftp://x", "a\0b", "az://b/c"]
 )
 def test_an_anchor_that_cannot_be_is_a_wrong_setting(where: str) -> None:
     with pytest.raises(ConfigurationError, match="AUDIT_ANCHOR") as caught:
