@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from app.domain.errors import ConfigurationError
 
 DEFAULT_SECRETS_DIR = "/run/secrets"
+MIN_SIGNING_KEY = 32
+"""Characters."""
 
 
 class DatabaseSettings(BaseSettings):
@@ -67,6 +69,15 @@ class Settings(AuditSettings):
         ("app.agents",), description="Packages whose modules define agents, separated by commas."
     )
 
+    webhook_signing_key: SecretStr | None = Field(
+        None, description="Secret from which each webhook's own is derived; unset: there are no webhooks."
+    )
+    egress_trusted_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins (http://wiki.internal:8080), separated by commas, that tools and webhooks may reach"
+        " although they are private or not https.",
+    )
+
     openai_api_key: SecretStr | None = Field(None, description="Key of the model provider. The worker needs it.")
     openai_base_url: str | None = Field(None, description="Any OpenAI-compatible address; empty means OpenAI itself.")
     model: str | None = Field(None, description="Asked instead of every agent's own model.")
@@ -107,7 +118,22 @@ class Settings(AuditSettings):
             raise ValueError("must start with http:// or https://")
         return value
 
-    @field_validator("agents", mode="before")
+    @field_validator("webhook_signing_key")
+    @classmethod
+    def _is_long(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < MIN_SIGNING_KEY:
+            raise ValueError(f"must have at least {MIN_SIGNING_KEY} characters: `openssl rand -base64 32` makes one")
+        return value
+
+    @field_validator("egress_trusted_origins")
+    @classmethod
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", origin):
+                raise ValueError("must be origins such as http://wiki.internal:8080, in lower case, without a path")
+        return value
+
+    @field_validator("agents", "egress_trusted_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):

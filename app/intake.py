@@ -1,7 +1,7 @@
 """What callers want of runs: submissions and cancellations. Postgres first, then Redis is told."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from uuid import UUID
 
@@ -9,16 +9,20 @@ from pydantic import JsonValue, ValidationError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app import signals
-from app.db import runs
+from app.db import budgets, runs
+from app.db.engine import transactional
+from app.db.runs import Allowance
 from app.domain.agent import Agent, Limits
-from app.domain.canonical import digest
+from app.domain.canonical import canonical_json, digest
 from app.domain.errors import (
+    BudgetSpent,
     FieldError,
     IdempotencyMismatch,
     InvalidRequest,
     LimitRaised,
     NotFound,
     RunEnded,
+    TooManyRuns,
     UnknownAgent,
     UnpricedModel,
 )
@@ -30,6 +34,10 @@ from app.enqueuer import Enqueuer
 from app.prices import PriceTable
 from app.registry import Registry, models_of
 from app.signals import Signals
+
+MARGIN = 100
+"""So close to a key's limit of runs in flight, they are accepted one after the other. That many can be on their way at
+the same moment: ten API processes, with ten connections each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +75,8 @@ class Intake:
     async def submit_run(self, caller: Principal, submission: Submission) -> tuple[Run, bool]:
         """Store a run and put it on the queue. True beside it: it was accepted before, under this idempotency key.
 
-        Raises `UnknownAgent`, `LimitRaised`, `UnpricedModel`, `InvalidRequest`, `IdempotencyMismatch`.
+        Raises `UnknownAgent`, `LimitRaised`, `UnpricedModel`, `InvalidRequest`, `IdempotencyMismatch`, `TooManyRuns`,
+        `BudgetSpent`.
         """
         try:
             new = self._validated(caller, submission)
@@ -76,15 +85,24 @@ class Intake:
             if replayed := await self._accepted_before(caller, submission):
                 return replayed, True
             raise
-        async with self.engine.connect() as connection:
-            run = await runs.accept(connection, new)
+        allowance = Allowance(
+            max_in_flight=caller.limits.max_in_flight - MARGIN, first_call_usd=self._first_call_usd(new)
+        )
+        run = None
+        if allowance.max_in_flight > 0:
+            async with self.engine.connect() as connection:
+                run = await runs.accept(connection, new, allowance)
+        if run is None:
+            if replayed := await self._accepted_before(caller, submission):
+                return replayed, True
+            run = await self._accept_last(caller, new, allowance)
+        if run is None:
+            replayed = await self._accepted_before(caller, submission)
+            assert replayed is not None
+            return replayed, True
         # failpoint: after_accept
-        if run is not None:
-            self.enqueuer.put(run.id, run.priority)
-            return run, False
-        replayed = await self._accepted_before(caller, submission)
-        assert replayed is not None
-        return replayed, True
+        self.enqueuer.put(run.id, run.priority)
+        return run, False
 
     async def cancel_run(self, caller: Principal, run_id: UUID) -> Run:
         """End a run, whoever holds it. A cancelled run stays as it is.
@@ -100,6 +118,49 @@ class Intake:
             self.signals.publish(signals.CANCELLED, run_id), self.signals.publish(signals.RESTED, run_id)
         )
         return run
+
+    async def _accept_last(self, caller: Principal, new: NewRun, allowance: Allowance) -> Run | None:
+        """Accept a run where there may be no room: one after the other, so that the limit is kept exactly.
+
+        None: the same request was accepted meanwhile. Raises `BudgetSpent`, `TooManyRuns`, `UnpricedModel`.
+        """
+        most = caller.limits.max_in_flight
+        async with transactional(self.engine).begin() as connection:
+            await runs.hold_key(connection, caller.key_id)
+            if run := await runs.accept(connection, new, replace(allowance, max_in_flight=most)):
+                return run
+            if new.idempotency_key and await runs.find_by_idempotency_key(
+                connection, caller.tenant, new.idempotency_key
+            ):
+                return None
+            budget = await budgets.get(connection, caller.tenant)
+        if budget and allowance.first_call_usd is None:
+            raise UnpricedModel(
+                "the tenant's budget cannot be kept: a model of this agent has no price. Add it to app/prices.toml"
+            )
+        if budget and allowance.first_call_usd is not None and budget.spent + allowance.first_call_usd > budget.daily:
+            raise BudgetSpent(
+                f"of today's {_dollars(budget.daily)} US dollars {_dollars(budget.daily - budget.spent)} are left,"
+                " and that is not enough for a model call; the budget is renewed at midnight UTC",
+                retry_after=budget.renewed_in,
+            )
+        raise TooManyRuns(f"{most} runs of this key are queued or running, and it may have no more", retry_after=2)
+
+    def _first_call_usd(self, new: NewRun) -> Decimal | None:
+        """What the first model call may cost, at least, whichever model answers. None: one of them has no price.
+
+        Only a worker knows what exactly it will send; this much of it is known here.
+        """
+        agent = self.agents[new.agent]
+        text = new.input if isinstance(new.input, str) else canonical_json(new.input)
+        output_tokens = min(agent.max_output_tokens, new.limits.max_tokens)
+        costs = []
+        for model in models_of(agent, self.model):
+            if (price := self.prices[model]) is None:
+                return None
+            # A token may stand for a long word; the worker counts generously, here it is the other way round.
+            costs.append(price.at_most(input_tokens=len(text) // 8, output_tokens=output_tokens))
+        return max(costs)
 
     async def _accepted_before(self, caller: Principal, submission: Submission) -> Run | None:
         if submission.idempotency_key is None:
@@ -172,6 +233,10 @@ def _valid_input(agent: Agent, value: JsonValue) -> JsonValue:
     if agent.input is not None and (faults := tuple(unstorable(stored, "#/input"))):
         raise InvalidRequest(f"the input is not what agent {agent.name} takes", errors=faults[:MAX_ERRORS])
     return stored
+
+
+def _dollars(amount: Decimal) -> str:
+    return f"{max(amount, Decimal(0)):.4f}"
 
 
 def _lowered(agent: Agent, asked: Limits) -> Limits:

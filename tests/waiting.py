@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from decimal import Decimal
 from uuid import UUID
 
 from pydantic import JsonValue
@@ -9,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db import leases, runs
 from app.db.engine import make_engine
+from app.db.runs import Allowance
 from app.domain.agent import Limits, OnExpiry, ReviewRules
 from app.domain.canonical import digest
 from app.domain.ids import new_id
@@ -17,6 +19,8 @@ from app.domain.run import NewRun, Priority, StopReason
 from app.domain.step import Step
 
 LIMITS = Limits(max_steps=4)
+AMPLE = Allowance(max_in_flight=1_000_000, first_call_usd=Decimal(0))
+"""Room for any run."""
 
 
 def request(
@@ -77,7 +81,7 @@ async def wait_for(
         request_hash=b"",
         request_id="r",
     )
-    await runs.accept(db, new)
+    await runs.accept(db, new, AMPLE)
     claim = await leases.claim(db, new.id, worker="w", lease_seconds=60, image_digest="")
     assert claim is not None
     if steps:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.background import in_background, within
-from app.db import leases, reviews, steps
+from app.db import leases, reviews, runs, steps
 from app.domain.agent import Agent
 from app.domain.canonical import digest
 from app.domain.errors import LeaseLost, ModelError
@@ -120,6 +120,16 @@ class Executor:
             except (DBAPIError, PoolTimeout) as error:
                 logger.warning("Postgres failed; the run is left to its lease", extra={"fields": {"error": str(error)}})
             return None
+
+    async def cancel(self, run_id: UUID) -> None:
+        """End a run that is executed here: `rq`'s stop-job."""
+        held = self._leases.held.get(run_id)
+        if held is None:
+            return
+        async with self._engine.connect() as connection:
+            await runs.cancel(connection, run_id, held.claim.run.tenant, actor=self._actor)
+        self._leases.drop(run_id)
+        await self._signals.publish(RESTED, run_id)
 
     async def drain(self, seconds: float, *, hurried: asyncio.Event) -> Sequence[tuple[UUID, Priority]]:
         """Bring every run to rest in Postgres within `seconds`; without waiting for any, once `hurried` is set.

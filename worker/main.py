@@ -9,21 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from random import Random
 from typing import Any
-from uuid import UUID
 
 import uvloop
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.background import in_background
 from app.config import Settings, load_settings
-from app.db import runs
 from app.db.engine import ReadOnlyDatabase, make_engine
 from app.domain.errors import ConfigurationError
 from app.logging import configure_logging
 from app.prices import load_prices
 from app.queue import RunQueue
 from app.registry import load_agents
-from app.signals import CANCELLED, RESTED, Signals
+from app.signals import CANCELLED, Signals
+from worker.egress import Egress
 from worker.ending import Ending
 from worker.executor import Executor, ModelAsker
 from worker.feeder import Feeder
@@ -115,6 +114,7 @@ async def run_worker(settings: Settings) -> None:
         tool_threads = ThreadPoolExecutor(TOOL_THREADS, thread_name_prefix="tool")
         stack.callback(tool_threads.shutdown, wait=False, cancel_futures=True)
 
+        egress = await stack.enter_async_context(Egress(settings.egress_trusted_origins))
         leases = Leases(vital_engine, settings.lease_seconds)
         executor = Executor(
             worker=name,
@@ -124,20 +124,10 @@ async def run_worker(settings: Settings) -> None:
             model_override=settings.model,
             prices=load_prices(),
             asker=ModelAsker(model, RetryPolicy(), Random()),  # noqa: S311 - jitter, not a secret
-            caller=ToolCaller(ReadOnlyDatabase(tool_engine), tool_threads),
+            caller=ToolCaller(ReadOnlyDatabase(tool_engine), egress, tool_threads),
             signals=signals,
             image_digest=settings.image_digest,
         )
-
-        async def cancel(run_id: UUID) -> None:
-            """`rq`'s stop-job."""
-            held = leases.held.get(run_id)
-            if held is None:
-                return
-            async with engine.connect() as connection:
-                await runs.cancel(connection, run_id, held.claim.run.tenant, actor=f"worker:{name}")
-            leases.drop(run_id)
-            await signals.publish(RESTED, run_id)
 
         sealer = open_sealer(settings, vital_engine)
         watchdog = Watchdog(ends_after=max(ENDS_AFTER_LEASES * settings.lease_seconds, ENDS_AFTER_SECONDS))
@@ -165,7 +155,7 @@ async def run_worker(settings: Settings) -> None:
                 slots=settings.worker_concurrency,
                 loop=loop,
                 execute=executor.execute,
-                cancel=cancel,
+                cancel=executor.cancel,
                 loop_silence=lambda: watchdog.silence,
             )
 

@@ -26,19 +26,21 @@ _WHY = {
     413: "The body has more than 1 MiB.",
     415: "The body is not JSON.",
     422: "Something in the request is not valid; `errors` says where.",
+    429: "More than the API key may ask for in a second, or have in flight, or than its tenant may spend in a day.",
     500: "A bug; the log has it under the request id.",
     503: "The database does not answer, or is too busy.",
 }
 _HEADERS = {
     401: {"WWW-Authenticate": {"schema": {"type": "string"}}},
     403: {"WWW-Authenticate": {"schema": {"type": "string"}}},
+    429: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
     503: {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
 }
 
 
 def problems(*statuses: int) -> Responses:
     """Documents the errors of an operation that needs a key and the database: these, and what all of them have."""
-    return {status: _problem(status) for status in sorted({401, 403, 500, 503, *statuses})}
+    return {status: _problem(status) for status in sorted({401, 403, 429, 500, 503, *statuses})}
 
 
 def problems_without_key(*statuses: int) -> Responses:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.audit import append_each
 from app.db.fetch import Row, fetch
-from app.db.reviews import LOCK_IDLE_SECONDS
+from app.db.runs import LOCK_IDLE_SECONDS
 from app.domain.agent import OnExpiry
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.review import ReviewKind, ReviewQueue

@@ -4,15 +4,16 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.fetch import fetch_one
-from app.domain.principal import Principal, Scope
+from app.domain.principal import KeyLimits, Principal, Scope
 
+DEFAULT_LIMITS = KeyLimits()
 KEY_PREFIX = "ask"
 """A key reads `ask_<id>_<secret>`: the id finds the row, the prefix lets secret scanners find a leaked key."""
 
@@ -35,13 +36,19 @@ def _hash(secret: str) -> bytes:
 
 
 _CREATE = text("""
-    INSERT INTO api_keys (id, tenant, name, key_hash, scopes, expires_at)
-    VALUES (:id, :tenant, :name, :key_hash, :scopes, :expires_at)
+    INSERT INTO api_keys (id, tenant, name, key_hash, scopes, expires_at, holder, requests_per_s, burst, max_in_flight)
+    VALUES (:id, :tenant, :name, :key_hash, :scopes, :expires_at, :id, :requests_per_s, :burst, :max_in_flight)
 """)
 
 
 async def create(
-    connection: AsyncConnection, *, tenant: str, name: str, scopes: frozenset[Scope], expires_at: datetime | None
+    connection: AsyncConnection,
+    *,
+    tenant: str,
+    name: str,
+    scopes: frozenset[Scope],
+    expires_at: datetime | None,
+    limits: KeyLimits = DEFAULT_LIMITS,
 ) -> str:
     """Make a key and return it: the only time that it is seen."""
     key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
@@ -54,13 +61,15 @@ async def create(
             "key_hash": _hash(secret),
             "scopes": sorted(scopes),
             "expires_at": expires_at,
+            **asdict(limits),
         },
     )
     return f"{KEY_PREFIX}_{key_id}_{secret}"
 
 
 _FIND = text("""
-    SELECT id, tenant, scopes, key_hash FROM api_keys
+    SELECT id, tenant, scopes, key_hash, coalesce(holder, id) AS holder, requests_per_s, burst, max_in_flight
+    FROM api_keys
     WHERE id = :id AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 """)
 
@@ -74,7 +83,10 @@ async def authenticate(connection: AsyncConnection, presented: str) -> Principal
     row = await fetch_one(connection, _FIND, {"id": key_id})
     if row is None or not hmac.compare_digest(bytes(row["key_hash"]), _hash(secret)):
         return None
-    return Principal(row["id"], row["tenant"], frozenset(Scope(scope) for scope in row["scopes"]))
+    limits = KeyLimits(**{name: row[name] for name in KeyLimits.__dataclass_fields__})
+    return Principal(
+        row["id"], row["tenant"], frozenset(Scope(scope) for scope in row["scopes"]), row["holder"], limits
+    )
 
 
 _LIST = text("""

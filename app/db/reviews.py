@@ -18,14 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.db import runs
 from app.db.audit import audit_parameters
 from app.db.fetch import Row, fetch, fetch_one
+from app.db.runs import LOCK_IDLE_SECONDS
 from app.domain.agent import Limits, OnExpiry
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.ids import first_id_at
 from app.domain.review import Decision, Review, ReviewKind, ReviewQueue, ReviewStatus
 from app.domain.run import Priority, Run, RunStatus, StopReason
-
-LOCK_IDLE_SECONDS = 5.0
-"""A process that holds a run's row and does nothing for so long is frozen; Postgres takes the row from it."""
 
 COLUMNS = """
     id, tenant, run_id, agent, kind, seq, tool, arguments, args_hash, why, stop_reason, queue, barred, on_expiry,

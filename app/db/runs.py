@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from uuid import UUID
 
@@ -10,10 +11,14 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db.audit import audit_parameters
+from app.db.budgets import SPENT_TODAY
 from app.db.fetch import Row, fetch, fetch_one
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.run import NewRun, Priority, Run, RunStatus, RunUsage, StopReason
+
+LOCK_IDLE_SECONDS = 5.0
+"""A process that holds a key or a run's row and does nothing for so long is frozen; Postgres takes it away."""
 
 COLUMNS = """
     id, tenant, agent, agent_version, input, metadata, limits, priority, status, stop_reason, output, error,
@@ -53,12 +58,33 @@ def run_of(row: Row) -> Run:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowance:
+    """What has to be left for a run to be accepted.
+
+    `max_in_flight`: of the key's runs, so many may be queued or running, this one included. `first_call_usd`: what the
+    first model call may cost, at least; None: nobody knows, so a tenant with a budget may not ask for it.
+    """
+
+    max_in_flight: int
+    first_call_usd: Decimal | None
+
+
 _ACCEPT = text(f"""
-    WITH accepted AS (
+    WITH in_flight AS MATERIALIZED (
+        SELECT count(*) AS runs FROM (
+            SELECT FROM runs WHERE api_key_id = :api_key_id AND status IN ('queued', 'running') LIMIT :max_in_flight
+        ) AS own
+    ), accepted AS (
         INSERT INTO runs (id, tenant, api_key_id, request_id, agent, agent_version, input, metadata, limits, priority,
                           idempotency_key, request_hash, status)
-        VALUES (:id, :tenant, :api_key_id, :request_id, :agent, :agent_version, CAST(:input AS jsonb),
-                CAST(:metadata AS jsonb), CAST(:limits AS jsonb), :priority, :idempotency_key, :request_hash, 'queued')
+        SELECT :id, :tenant, :api_key_id, :request_id, :agent, :agent_version, CAST(:input AS jsonb),
+               CAST(:metadata AS jsonb), CAST(:limits AS jsonb), :priority, :idempotency_key, :request_hash, 'queued'
+        FROM in_flight
+        WHERE in_flight.runs < :max_in_flight
+          AND NOT EXISTS (
+              SELECT FROM budgets
+              WHERE tenant = :tenant AND ({SPENT_TODAY} + CAST(:first_call_usd AS numeric) <= daily_usd) IS NOT TRUE)
         ON CONFLICT (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
         RETURNING {COLUMNS}
     )
@@ -66,8 +92,11 @@ _ACCEPT = text(f"""
 """)  # noqa: S608 - the columns are a constant
 
 
-async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
-    """Store a submission as a queued run. None: the tenant has used this idempotency key before."""
+async def accept(connection: AsyncConnection, new: NewRun, allowance: Allowance) -> Run | None:
+    """Store a submission as a queued run. None: the tenant has used this idempotency key before, or there is no room.
+
+    What others are adding at the same moment is not counted: `hold_key` makes them come one after the other.
+    """
     entry = AuditEntry(
         AuditKind.RUN_ACCEPTED,
         {
@@ -94,10 +123,23 @@ async def accept(connection: AsyncConnection, new: NewRun) -> Run | None:
             "priority": new.priority,
             "idempotency_key": new.idempotency_key,
             "request_hash": new.request_hash,
+            "max_in_flight": allowance.max_in_flight,
+            "first_call_usd": allowance.first_call_usd,
             **audit_parameters(f"key:{new.api_key_id}", entry),
         },
     )
     return run_of(row) if row else None
+
+
+_HOLD_KEY = text("""
+    SELECT set_config('idle_in_transaction_session_timeout', CAST(:idle_ms AS text), true)
+    FROM api_keys WHERE id = :id FOR NO KEY UPDATE
+""")
+
+
+async def hold_key(connection: AsyncConnection, key_id: str) -> None:
+    """Until the transaction ends, nobody else accepts a run of this key who holds it, too."""
+    await fetch(connection, _HOLD_KEY, {"id": key_id, "idle_ms": int(LOCK_IDLE_SECONDS * 1000)})
 
 
 _BY_IDEMPOTENCY_KEY = text(f"""

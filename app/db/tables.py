@@ -8,8 +8,10 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Double,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -43,6 +45,21 @@ api_keys = Table(
     _time("created_at", nullable=False, default_now=True),
     _time("expires_at"),
     _time("revoked_at"),
+    Column("holder", Text),
+    Column("requests_per_s", Double, nullable=False, server_default=text("100")),
+    Column("burst", Integer, nullable=False, server_default=text("200")),
+    Column("max_in_flight", Integer, nullable=False, server_default=text("1000")),
+    _time("last_used_at"),
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("daily_usd", Numeric(14, 8), nullable=False),
+    Column("day", Date, nullable=False),
+    Column("spent_usd", Numeric(14, 8), nullable=False, server_default=text("0")),
+    Column("reserved_usd", Numeric(14, 8), nullable=False, server_default=text("0")),
 )
 
 runs = Table(
@@ -83,6 +100,7 @@ runs = Table(
     _time("started_at"),
     _time("ended_at"),
     _time("erased_at"),
+    Column("reserved_usd", Numeric(14, 8), nullable=False, server_default=text("0")),
     # A run's id is a UUIDv7, so the order of ids is the order of submission.
     Index("runs_by_tenant", "tenant", "id"),
     Index("runs_by_status", "tenant", "status", "id"),
@@ -97,6 +115,7 @@ runs = Table(
     Index("runs_queued", "id", postgresql_where=text("status = 'queued'")),
     Index("runs_running", "id", postgresql_where=text("status = 'running'")),
     Index("runs_to_enqueue", "id", postgresql_where=text("needs_enqueue")),
+    Index("runs_in_flight", "api_key_id", postgresql_where=text("status IN ('queued', 'running')")),
 )
 
 steps = Table(
@@ -201,4 +220,41 @@ audit_leaves = Table(
     Column("seq", Integer, nullable=False),
     Column("hash", LargeBinary, nullable=False),
     PrimaryKeyConstraint("checkpoint", "run_id"),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("tenant", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("events", ARRAY(Text), nullable=False),
+    _time("created_at", nullable=False, default_now=True),
+    Column("created_by", Text, nullable=False),
+    _time("disabled_at"),
+    Column("disabled_why", Text),
+    Index("webhooks_by_tenant", "tenant", "id"),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("number", BigInteger, Identity(always=True), nullable=False),
+    Column("tenant", Text, nullable=False),
+    Column("webhook_id", Uuid, nullable=False),
+    Column("run_id", Uuid, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("status", Text, nullable=False, server_default="pending"),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    _time("next_attempt_at", nullable=False, default_now=True),
+    Column("last_status", Integer),
+    Column("last_error", Text),
+    _time("created_at", nullable=False, default_now=True),
+    _time("ended_at"),
+    Index("deliveries_due", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+    Index("deliveries_by_webhook", "webhook_id", "number"),
+    Index("deliveries_by_run", "run_id", "number"),
+    Index("deliveries_ended", "ended_at", postgresql_where=text("status <> 'pending'")),
 )

@@ -8,15 +8,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.db import keys
 from app.db.engine import make_engine
-from app.domain.principal import Scope
+from app.domain.principal import KeyLimits, Scope
+
+UNHURRIED = KeyLimits(requests_per_s=10_000, burst=100_000, max_in_flight=1_000_000)
 
 
-def make_key(database_url: str, *, tenant: str, name: str, scopes: Iterable[Scope] = tuple(Scope)) -> str:
-    """A new key; for everything by default."""
+def make_key(
+    database_url: str, *, tenant: str, name: str, scopes: Iterable[Scope] = tuple(Scope), limits: KeyLimits = UNHURRIED
+) -> str:
+    """A new key; for everything, and as often as anybody could want, by default."""
 
     async def make() -> str:
         async with _connection(database_url) as connection:
-            return await keys.create(connection, tenant=tenant, name=name, scopes=frozenset(scopes), expires_at=None)
+            return await keys.create(
+                connection, tenant=tenant, name=name, scopes=frozenset(scopes), expires_at=None, limits=limits
+            )
 
     return asyncio.run(make())
 

@@ -17,18 +17,25 @@ AgentServiceError
 │   │   ├── LimitRaised
 │   │   ├── UnpricedModel
 │   │   └── IdempotencyMismatch
+│   ├── TooManyRequests         429; says when to come back
+│   │   ├── RateLimited
+│   │   ├── TooManyRuns
+│   │   └── BudgetSpent
 │   ├── Unavailable             503
 │   └── what only HTTP knows: 405, 413, 415, 500 in `app.api.errors`
 ├── QueueUnavailable        Redis did not take the job; Postgres has the run, a sweeper enqueues it later
 ├── AnchorUnavailable       where checkpoints are kept did not take or give one; tried again later
 ├── AnchorConflict          what is kept there contradicts the database: nothing may be sealed on top of that
 ├── ToolError               raised by a tool: it did not work, and the model is told why
+│   └── EgressRefused           an address that may not be asked, or an answer that may not be read
+├── OverBudget              what the next model call may cost does not fit into the tenant's budget
 ├── ModelError
 │   ├── ModelUnavailable        transient: rate limit, 5xx, timeout, broken connection or reply
 │   └── ModelRefused            permanent: the provider will not answer this request
 └── LeaseLost               somebody else owns the run now, or it has ended: stop quietly
 """
 
+import math
 from typing import ClassVar
 
 REALM = "agent-service"
@@ -159,6 +166,32 @@ class IdempotencyMismatch(InvalidRequest):
     title = "The idempotency key belongs to another request"
 
 
+class TooManyRequests(RequestError):
+    """More than the key, or its tenant, may have. `retry_after`: seconds until it is worth another try."""
+
+    status = 429
+    problem = "too-many-requests"
+    title = "Too much"
+
+    def __init__(self, detail: str, *, retry_after: float) -> None:
+        super().__init__(detail, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
+
+
+class RateLimited(TooManyRequests):
+    problem = "rate-limited"
+    title = "Too many requests"
+
+
+class TooManyRuns(TooManyRequests):
+    problem = "too-many-runs"
+    title = "Too many runs in flight"
+
+
+class BudgetSpent(TooManyRequests):
+    problem = "budget-spent"
+    title = "The tenant's budget for today is spent"
+
+
 class Unavailable(RequestError):
     status = 503
     problem = "unavailable"
@@ -179,6 +212,17 @@ class AnchorConflict(AgentServiceError):
 
 class ToolError(AgentServiceError):
     """Raised by a tool when it did not work and had no effect; the message goes to the model."""
+
+
+class EgressRefused(ToolError):
+    """An outgoing request that the service does not make, or an answer that it does not read.
+
+    The message goes to the model: it tells nothing of the network that the service is in.
+    """
+
+
+class OverBudget(AgentServiceError):
+    """What the next model call may cost does not fit into what is left of the tenant's budget for the day."""
 
 
 class ModelError(AgentServiceError):

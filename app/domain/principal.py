@@ -20,13 +20,28 @@ class Scope(StrEnum):
 _OF_BACKENDS = frozenset({Scope.RUNS_READ, Scope.RUNS_WRITE})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyLimits:
+    """How much a key may ask for: `requests_per_s` on average, `burst` at once after a pause, and `max_in_flight` runs
+    that are queued or running."""
+
+    requests_per_s: float = 100.0
+    burst: int = 200
+    max_in_flight: int = 1_000
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A caller whose key was valid at the time of the request."""
+    """A caller whose key was valid at the time of the request.
+
+    `holder`: whose key it is. A key that replaces another one, when it is rotated, is the same holder's.
+    """
 
     key_id: str
     tenant: str
     scopes: frozenset[Scope]
+    holder: str
+    limits: KeyLimits = KeyLimits()
 
     def has(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes

@@ -58,6 +58,8 @@ class StopReason(StrEnum):
     """The tokens of all calls together reached the limit."""
     MAX_COST = "max_cost"
     """The next call might cost more than what is left of the limit."""
+    BUDGET = "budget"
+    """The next call might cost more than what is left of the tenant's budget for the day."""
     DEADLINE = "deadline"
     """It ran for as long as it may (waiting for a person does not count)."""
     LOOP_DETECTED = "loop_detected"

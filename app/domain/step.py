@@ -81,7 +81,7 @@ class ToolState(StrEnum):
 class ToolStep(BaseModel):
     """One call of a tool. `arguments` are the validated ones, or the model's text where they did not fit.
 
-    `result` is what the model is given.
+    `result` is what the model is given; `note` what it is told beside that by us, not by the tool.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -95,6 +95,7 @@ class ToolStep(BaseModel):
     effect: Effect | None
     state: ToolState
     result: str | None = None
+    note: str | None = None
     idempotency_key: str
     duration_ms: int = 0
     recorded_at: datetime | None = None

@@ -33,6 +33,36 @@ class Database(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HttpReply:
+    """What another server answered. `url`: where the answer came from, after redirects. `body` is not compressed."""
+
+    status: int
+    url: str
+    content_type: str
+    body: bytes
+
+
+class Http(Protocol):
+    """Outgoing HTTP for tools: nothing but what the agent allows, and nothing that is not on the public internet."""
+
+    async def get(
+        self,
+        url: str,
+        *,
+        allow: Sequence[str],
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int = 1_000_000,
+        timeout_s: float = 20.0,
+    ) -> HttpReply:
+        """GET, following redirects. `allow`: hosts such as `api.example.com` or `*.example.com`, each with a port where
+        it is not 443. `max_bytes`: of the answer, decompressed.
+
+        Raises `EgressRefused`, and `ToolError` where the other server does not answer.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolContext:
     """What a tool may know about the run that calls it. A tool asks for it by a parameter of this type.
 
@@ -46,6 +76,7 @@ class ToolContext:
     deadline: datetime
     idempotency_key: str
     db: Database
+    http: Http
 
 
 Approval = bool | Callable[[Any], bool]

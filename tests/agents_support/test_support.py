@@ -14,7 +14,7 @@ from app.domain.errors import ToolError
 from app.domain.tool import Effect, ToolContext
 from app.registry import load_agents
 
-NO_DATABASE: Any = None
+NOTHING: Any = None
 
 
 def context(idempotency_key: str) -> ToolContext:
@@ -24,7 +24,8 @@ def context(idempotency_key: str) -> ToolContext:
         attempt=1,
         deadline=datetime(2100, 1, 1, tzinfo=UTC),
         idempotency_key=idempotency_key,
-        db=NO_DATABASE,
+        db=NOTHING,
+        http=NOTHING,
     )
 
 

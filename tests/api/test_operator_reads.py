@@ -135,5 +135,5 @@ def test_nothing_is_given_that_cannot_be_recorded(start_api: StartApi, owner_url
 
 @pytest.mark.parametrize("scope", Scope)
 def test_any_scope_besides_those_of_a_backend_makes_an_operator(scope: Scope) -> None:
-    assert Principal("k", "t", frozenset({*BACKEND, scope})).is_operator is (scope not in BACKEND)
-    assert Principal("k", "t", frozenset({scope})).is_operator is (scope not in BACKEND)
+    assert Principal("k", "t", frozenset({*BACKEND, scope}), "k").is_operator is (scope not in BACKEND)
+    assert Principal("k", "t", frozenset({scope}), "k").is_operator is (scope not in BACKEND)

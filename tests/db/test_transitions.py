@@ -20,6 +20,7 @@ from app.domain.review import Decision, ReviewKind, ReviewRequest
 from app.domain.run import TRANSITIONS, Claim, NewRun, Priority, RunStatus, RunUsage, StopReason
 from app.domain.step import ModelStep, ToolState, ToolStep
 from app.domain.tool import Effect
+from tests.waiting import AMPLE
 
 INTENT = ToolStep(
     seq=1,
@@ -54,7 +55,7 @@ def new_run(max_attempts: int = 5) -> NewRun:
 
 
 async def claimed(db: AsyncConnection, *, lease_seconds: float = 60, max_attempts: int = 5) -> Claim:
-    run = await runs.accept(db, new_run(max_attempts))
+    run = await runs.accept(db, new_run(max_attempts), AMPLE)
     assert run is not None
     return await claim(db, run.id, lease_seconds=lease_seconds)
 
@@ -289,7 +290,7 @@ def test_one_of_ten_claims_wins(database_url: str) -> None:
 
         try:
             async with engine.connect() as db:
-                run = await runs.accept(db, new_run())
+                run = await runs.accept(db, new_run(), AMPLE)
             assert run is not None
             return await asyncio.gather(*(one(run.id) for _ in range(10)))
         finally:

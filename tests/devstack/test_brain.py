@@ -13,14 +13,15 @@ from app.devstack.wire import ChatRequest
 from app.domain.errors import ToolError
 from app.domain.tool import ToolContext
 
-NO_DATABASE: Any = None
+NOTHING: Any = None
 CONTEXT = ToolContext(
     run_id=UUID(int=1),
     tenant="shop",
     attempt=1,
     deadline=datetime(2100, 1, 1, tzinfo=UTC),
     idempotency_key="run:2",
-    db=NO_DATABASE,
+    db=NOTHING,
+    http=NOTHING,
 )
 
 

@@ -20,7 +20,7 @@ from app.signals import CANCELLED, RESTED, Signals
 from tests.db.test_transitions import new_run
 from tests.scripts import Script, audit_of, call, rest, submit
 from tests.stack import Stack
-from tests.waiting import rules, wait_for
+from tests.waiting import AMPLE, rules, wait_for
 from worker.sweeper import Sweeper
 
 Scenario = Callable[[AsyncEngine, Sweeper], Awaitable[None]]
@@ -42,7 +42,7 @@ def play(database_url: str, redis_url: str, scenario: Scenario) -> None:
 
 async def accepted(engine: AsyncEngine, *, minutes_ago: int = 0) -> Run:
     async with engine.connect() as connection:
-        run = await runs.accept(connection, new_run())
+        run = await runs.accept(connection, new_run(), AMPLE)
         assert run is not None
         age = text("UPDATE runs SET queued_at = now() - make_interval(mins => :minutes) WHERE id = :id")
         await connection.execute(age, {"minutes": minutes_ago, "id": run.id})
@@ -51,7 +51,7 @@ async def accepted(engine: AsyncEngine, *, minutes_ago: int = 0) -> Run:
 
 async def claimed(engine: AsyncEngine, *, lease_seconds: float = 60) -> Claim:
     async with engine.connect() as connection:
-        run = await runs.accept(connection, new_run())
+        run = await runs.accept(connection, new_run(), AMPLE)
         assert run is not None
         held = await leases.claim(connection, run.id, worker="w", lease_seconds=lease_seconds, image_digest="")
         assert held is not None

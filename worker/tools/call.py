@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 from app.domain.canonical import storable, storable_text
 from app.domain.errors import LeaseLost, ToolError
 from app.domain.step import ToolState, ToolStep
-from app.domain.tool import Database, Effect, Tool, ToolContext
+from app.domain.tool import Database, Effect, Http, Tool, ToolContext
 from worker.lease import WhileSure
 from worker.state import RunState
 from worker.tools.plan import PlannedCall
@@ -34,6 +34,7 @@ class ToolCaller:
     """
 
     db: Database
+    http: Http
     threads: Executor
     sure_for: Callable[[], float] = lambda: 0.0
 
@@ -92,6 +93,7 @@ class ToolCaller:
                 deadline=datetime.now(UTC) + timedelta(seconds=state.time_left()),
                 idempotency_key=call.step.idempotency_key,
                 db=self.db,
+                http=self.http,
             )
         with nullcontext() if tool.effect is Effect.READ else WhileSure(self.sure_for):
             if tool.is_async:
