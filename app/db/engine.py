@@ -2,8 +2,9 @@
 
 import select
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import psycopg
 from sqlalchemy import event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DisconnectionError
@@ -59,13 +60,23 @@ def transactional(engine: AsyncEngine) -> AsyncEngine:
     return engine.execution_options(isolation_level="READ COMMITTED")
 
 
+_AS_TOOLS = text("SET LOCAL ROLE agent_service_tools")
+
+
 class ReadOnlyDatabase:
-    """What tools get: statements in a read-only transaction."""
+    """What tools get: statements in a read-only transaction, as a role that sees nothing of the service's own tables.
+
+    What tools are to read, a migration grants: `GRANT SELECT ON orders TO agent_service_tools`.
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = transactional(engine).execution_options(postgresql_readonly=True)
 
     async def fetch_all(self, sql: str, parameters: Mapping[str, object]) -> Sequence[Mapping[str, Any]]:
         async with self._engine.begin() as connection:
+            pooled = await connection.get_raw_connection()
+            # Prepared from the first time on: what is sent without parameters could be several statements otherwise.
+            cast("psycopg.AsyncConnection[Any]", pooled.driver_connection).prepare_threshold = 0
+            await connection.execute(_AS_TOOLS)
             result = await connection.execute(text(sql), dict(parameters))
             return [dict(row) for row in result.mappings()]

@@ -13,12 +13,15 @@ branch_labels = None
 depends_on = None
 
 SERVICE = "agent_service"
+TOOLS = "agent_service_tools"
+"""What `ctx.db` of a tool works as. It may read what a migration of yours grants it, and nothing of the service."""
 
 
 def upgrade() -> None:
     _limit_keys()
     _make_budgets()
     _make_webhooks()
+    _make_role_of_tools()
 
 
 def _limit_keys() -> None:
@@ -130,6 +133,30 @@ def _make_webhooks() -> None:
         EXECUTE FUNCTION notify_webhooks()
     """)
     op.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON webhooks, webhook_deliveries TO {SERVICE}")
+
+
+def _make_role_of_tools() -> None:
+    # Like the service's role, it is the cluster's, and stays when this is taken back.
+    op.execute(f"""
+        DO $$
+        BEGIN
+            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{TOOLS}') THEN
+                CREATE ROLE {TOOLS} NOLOGIN NOINHERIT;
+            END IF;
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN  -- another database's migration was a moment faster
+        END
+        $$
+    """)
+    # Also to the owner, who is the service's own user where there is only one.
+    for member in (SERVICE, "CURRENT_USER"):
+        op.execute(f"""
+            DO $$
+            BEGIN
+                GRANT {TOOLS} TO {member};
+            EXCEPTION WHEN unique_violation OR SQLSTATE 'XX000' THEN  -- "tuple concurrently updated": the same again
+            END
+            $$
+        """)
 
 
 def downgrade() -> None:
