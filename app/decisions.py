@@ -6,10 +6,10 @@ from typing import Any
 from uuid import UUID
 
 from pydantic import JsonValue, ValidationError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from app import signals
-from app.db import reviews
+from app.db import keys, reviews
 from app.db.engine import transactional
 from app.domain.agent import Limits
 from app.domain.errors import (
@@ -86,7 +86,8 @@ class Decisions:
             run = await reviews.lock_run(connection, seen.run_id)
             review = await reviews.get(connection, review_id, caller.tenant)
             assert review is not None
-            _check_caller(caller, review)
+            _check_scope(caller, review)
+            await _check_eyes(connection, caller, review)
             _check_verdict(review, verdict)
             if not _is_open(run, review, verdict):
                 raise _too_late(run, review, verdict)
@@ -169,13 +170,20 @@ class Decisions:
         return output
 
 
-def _check_caller(caller: Principal, review: Review) -> None:
-    """Raises `MissingScope` for the wrong queue, `FourEyes` for somebody who has a part in it."""
+def _check_scope(caller: Principal, review: Review) -> None:
+    """Raises `MissingScope` for the wrong queue."""
     needed = _SCOPE[review.queue]
     if not caller.has(needed):
         raise MissingScope(needed, f"the review is in the {review.queue} queue: the API key needs the scope {needed}")
-    if caller.actor in review.barred:
-        raise FourEyes("this key submitted the run or edited the call, and the agent demands four eyes")
+
+
+async def _check_eyes(connection: AsyncConnection, caller: Principal, review: Review) -> None:
+    """Raises `FourEyes` for somebody who has a part in it, with this key or with one that replaced or preceded it."""
+    if not review.barred:
+        return
+    barred = await keys.holders_of(connection, [actor.removeprefix("key:") for actor in review.barred])
+    if caller.actor in review.barred or caller.holder in barred:
+        raise FourEyes("whoever holds this key submitted the run or edited the call, and the agent demands four eyes")
 
 
 def _check_verdict(review: Review, verdict: Verdict) -> None:

@@ -10,6 +10,7 @@ from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 
+from app.api.metrics import AuthenticationFailure, Metrics
 from app.api.waiters import Waiters
 from app.config import Settings
 from app.db import keys
@@ -17,6 +18,8 @@ from app.decisions import Decisions
 from app.domain.errors import REALM, MissingScope, Unauthorized
 from app.domain.principal import Principal, Scope
 from app.intake import Intake
+from app.key_usage import KeyUsage
+from app.rate_limit import RateLimiter
 from app.registry import Registry
 from app.signals import Signals
 
@@ -34,6 +37,9 @@ class Services:
     agents: Registry
     intake: Intake
     decisions: Decisions
+    rate_limiter: RateLimiter
+    key_usage: KeyUsage
+    metrics: Metrics
     newest_revision: str
     """The database's schema must be at least here."""
 
@@ -60,22 +66,36 @@ class _ApiKey(SecurityBase):
         """A scope that will do as well."""
 
     async def __call__(self, request: Request, wanted: SecurityScopes) -> Principal:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key:
-            raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _BEARER})
         services: Services = request.app.state.services
-        async with services.engine.connect() as connection:
-            caller = await keys.authenticate(connection, key.strip())
-        if caller is None:
-            raise Unauthorized(
-                "this API key is unknown, expired or revoked",
-                headers={"WWW-Authenticate": f'{_BEARER}, error="invalid_token"'},
-            )
-        request.state.tenant = caller.tenant
+        caller = await _authenticated(request, services)
+        services.key_usage.note(caller.key_id)
+        if not await services.rate_limiter.admit(caller):
+            services.metrics.count_unchecked_rate()
         for scope in wanted.scopes:
             if not caller.has(Scope(scope)) and not (self._or_else and caller.has(self._or_else)):
+                services.metrics.count_authentication_failure(AuthenticationFailure.MISSING_SCOPE)
                 raise MissingScope(scope, f"the API key needs the scope {scope}")
         return caller
+
+
+async def _authenticated(request: Request, services: Services) -> Principal:
+    """Raises `Unauthorized`."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key:
+        services.metrics.count_authentication_failure(AuthenticationFailure.MISSING)
+        raise Unauthorized("send Authorization: Bearer ask_…", headers={"WWW-Authenticate": _BEARER})
+    caller, key = None, key.strip()
+    if keys.is_well_formed(key):
+        async with services.engine.connect() as connection:
+            caller = await keys.authenticate(connection, key)
+    if caller is None:
+        services.metrics.count_authentication_failure(AuthenticationFailure.INVALID)
+        raise Unauthorized(
+            "this API key is unknown, expired or revoked",
+            headers={"WWW-Authenticate": f'{_BEARER}, error="invalid_token"'},
+        )
+    request.state.tenant = caller.tenant
+    return caller
 
 
 _api_key = _ApiKey()
@@ -84,5 +104,6 @@ _reviewers_key = _ApiKey(or_else=Scope.REVIEWS_ESCALATED)  # which of the two it
 RunReader = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_READ.value])]
 RunWriter = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_WRITE.value])]
 AuditReader = Annotated[Principal, Security(_api_key, scopes=[Scope.AUDIT_READ.value])]
+Admin = Annotated[Principal, Security(_api_key, scopes=[Scope.ADMIN.value])]
 ReviewReader = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_READ.value])]
 Reviewer = Annotated[Principal, Security(_reviewers_key, scopes=[Scope.REVIEWS_DECIDE.value])]

@@ -17,6 +17,8 @@ from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
 from app.domain.run import NewRun, Priority, Run, RunStatus, RunUsage, StopReason
 
+PAGE_BYTES = 2_097_152
+"""Of inputs and outputs on a page: it ends with the run that goes beyond. A hundred runs can have hundreds of MiB."""
 LOCK_IDLE_SECONDS = 5.0
 """A process that holds a key or a run's row and does nothing for so long is frozen; Postgres takes it away."""
 
@@ -62,8 +64,9 @@ def run_of(row: Row) -> Run:
 class Allowance:
     """What has to be left for a run to be accepted.
 
-    `max_in_flight`: of the key's runs, so many may be queued or running, this one included. `first_call_usd`: what the
-    first model call may cost, at least; None: nobody knows, so a tenant with a budget may not ask for it.
+    `max_in_flight`: of the runs of the key's holder, so many may be queued or running, this one included, whichever of
+    the holder's keys they were submitted with. `first_call_usd`: what the first model call may cost, at least; None:
+    nobody knows, so a tenant with a budget may not ask for it.
     """
 
     max_in_flight: int
@@ -73,8 +76,13 @@ class Allowance:
 _ACCEPT = text(f"""
     WITH in_flight AS MATERIALIZED (
         SELECT count(*) AS runs FROM (
-            SELECT FROM runs WHERE api_key_id = :api_key_id AND status IN ('queued', 'running') LIMIT :max_in_flight
-        ) AS own
+            SELECT FROM runs
+            WHERE status IN ('queued', 'running')
+              AND api_key_id = ANY(CAST(:api_key_id AS text) || ARRAY(
+                  SELECT other.id FROM api_keys AS own JOIN api_keys AS other USING (holder)
+                  WHERE own.id = :api_key_id))
+            LIMIT :max_in_flight
+        ) AS of_the_holder
     ), accepted AS (
         INSERT INTO runs (id, tenant, api_key_id, request_id, agent, agent_version, input, metadata, limits, priority,
                           idempotency_key, request_hash, status)
@@ -137,9 +145,9 @@ _HOLD_KEY = text("""
 """)
 
 
-async def hold_key(connection: AsyncConnection, key_id: str) -> None:
-    """Until the transaction ends, nobody else accepts a run of this key who holds it, too."""
-    await fetch(connection, _HOLD_KEY, {"id": key_id, "idle_ms": int(LOCK_IDLE_SECONDS * 1000)})
+async def hold_key(connection: AsyncConnection, holder: str) -> None:
+    """Until the transaction ends, nobody else accepts a run of this holder who holds its first key, too."""
+    await fetch(connection, _HOLD_KEY, {"id": holder, "idle_ms": int(LOCK_IDLE_SECONDS * 1000)})
 
 
 _BY_IDEMPOTENCY_KEY = text(f"""
@@ -188,14 +196,31 @@ _CONDITIONS = {"status": "status = :status", "agent": "agent = :agent", "before"
 @cache
 def _list_statement(filters: tuple[str, ...]) -> TextClause:
     clauses = " AND ".join(["tenant = :tenant", *(_CONDITIONS[name] for name in filters)])
-    return text(f"SELECT {COLUMNS} FROM runs WHERE {clauses} ORDER BY id DESC LIMIT :limit")  # noqa: S608
+    return text(f"""
+        SELECT * FROM (
+            SELECT *, sum(size) OVER (ORDER BY id DESC) - size AS size_before, count(*) OVER () AS found FROM (
+                SELECT {COLUMNS}, octet_length(input::text) + coalesce(octet_length(output::text), 0) AS size
+                FROM runs WHERE {clauses} ORDER BY id DESC LIMIT :limit
+            ) AS newest
+        ) AS page
+        WHERE size_before < :page_bytes ORDER BY id DESC
+    """)  # noqa: S608
 
 
-async def list_newest(connection: AsyncConnection, tenant: str, where: RunFilter, *, limit: int) -> Sequence[Run]:
-    """Newest first. Each combination of filters is served from an index, so the table's size does not matter."""
+async def list_newest(
+    connection: AsyncConnection, tenant: str, where: RunFilter, *, limit: int
+) -> tuple[Sequence[Run], bool]:
+    """Newest first; and whether there are more. Fewer than `limit` where they are large: see `PAGE_BYTES`.
+
+    Each combination of filters is served from an index, so the table's size does not matter.
+    """
     filters = {name: value for name in _CONDITIONS if (value := getattr(where, name)) is not None}
     statement = _list_statement(tuple(filters))
-    return [run_of(row) for row in await fetch(connection, statement, {**filters, "tenant": tenant, "limit": limit})]
+    rows = await fetch(
+        connection, statement, {**filters, "tenant": tenant, "limit": limit + 1, "page_bytes": PAGE_BYTES}
+    )
+    page = rows[:limit]
+    return [run_of(row) for row in page], bool(page) and page[0]["found"] > len(page)
 
 
 _CANCEL = text(f"""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -25,6 +26,23 @@ def make_key(
             )
 
     return asyncio.run(make())
+
+
+def replace_key(database_url: str, key: str, *, overlap: timedelta = timedelta(hours=1)) -> str:
+    """A new key of the same holder; the other one is good for the overlap still."""
+
+    async def replace() -> str:
+        async with _connection(database_url) as connection:
+            new = await keys.rotate(connection, id_of(key), overlap=overlap)
+            assert new is not None
+            return new
+
+    return asyncio.run(replace())
+
+
+def id_of(key: str) -> str:
+    """The part of a key that is no secret."""
+    return key.split("_")[1]
 
 
 def is_accepted(database_url: str, key: str) -> bool:
