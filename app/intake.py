@@ -126,7 +126,7 @@ class Intake:
         """
         most = caller.limits.max_in_flight
         async with transactional(self.engine).begin() as connection:
-            await runs.hold_key(connection, caller.key_id)
+            await runs.hold_key(connection, caller.holder)
             if run := await runs.accept(connection, new, replace(allowance, max_in_flight=most)):
                 return run
             if new.idempotency_key and await runs.find_by_idempotency_key(

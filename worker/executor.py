@@ -19,13 +19,14 @@ from app.background import in_background, within
 from app.db import leases, reviews, runs, steps
 from app.domain.agent import Agent
 from app.domain.canonical import digest
-from app.domain.errors import LeaseLost, ModelError
+from app.domain.errors import LeaseLost, ModelError, OverBudget
 from app.domain.review import Review
 from app.domain.run import Claim, Priority, Run, StopReason
 from app.logging import bind
 from app.prices import PriceTable
 from app.registry import models_of
 from app.signals import RESTED, Signals
+from worker.budget import WithinBudget
 from worker.journal import RunJournal
 from worker.lease import Held, Interruption, Leases, local_now
 from worker.limits import most_output_tokens
@@ -157,6 +158,9 @@ class Executor:
             logger.warning("Postgres failed; runs are left to their leases", extra={"fields": {"error": str(error)}})
         return handed_back
 
+    def _is_draining(self) -> bool:
+        return self._draining
+
     async def _all_at_rest(self) -> None:
         while self._executing:
             await asyncio.wait(self._executing)
@@ -236,20 +240,23 @@ class Executor:
                     None if isinstance(agent.instructions, str) else digest(agent.render_instructions(run.input))
                 ),
             )
+            asker = WithinBudget(self._asker, self._engine, held, self._asker.random, self._is_draining)
             try:
                 async with asyncio.timeout(max(0.0, state.time_left())):
                     outcome = await run_loop(
                         state,
                         journal=journal,
-                        asker=self._asker,
+                        asker=asker,
                         caller=self._caller.under(held.sure_for),
-                        draining=lambda: self._draining,
+                        draining=self._is_draining,
                     )
             except TimeoutError:
                 outcome = stopped_by(StopReason.DEADLINE, state)
         except ModelError as error:
             logger.warning("model error", extra={"fields": {"error": str(error)}})
             return Stopped(StopReason.MODEL_ERROR), "The model gave no usable reply."
+        except OverBudget as error:
+            return Stopped(StopReason.BUDGET), str(error)
         except (LeaseLost, OperationalError, InterfaceError, PoolTimeout):
             raise
         except Exception:

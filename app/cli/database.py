@@ -32,6 +32,17 @@ def in_database(statement: "Callable[[AsyncConnection], Awaitable[T]]") -> T:
         return asyncio.run(run())
 
 
+def in_transaction(statement: "Callable[[AsyncConnection], Awaitable[T]]") -> T:
+    """The same for a function of several statements that belong together."""
+
+    async def run(connection: "AsyncConnection") -> T:
+        await connection.execution_options(isolation_level="READ COMMITTED")
+        async with connection.begin():
+            return await statement(connection)
+
+    return in_database(run)
+
+
 @contextmanager
 def database_errors() -> Iterator[None]:
     """A database that is away, locked, empty or closed to its user is one line, not a traceback."""

@@ -1,7 +1,8 @@
 """Running runs that their workers do not end any more: a lease that is over, a deadline that is long past.
 
 Each is one statement, and a run whose row somebody holds is left to the next sweep. The clock is Postgres'. What
-appends to the audit of several runs does so in the order of their ids, or two that do would wait for each other.
+appends to the audit of several runs does so in the order of their ids, or two that do would wait for each other; for
+the same reason the budgets that are settled are locked first, in the order of their tenants.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.domain.run import RunStatus
 
 _RESCUE = text("""
-    WITH expired AS (
+    WITH expired AS MATERIALIZED (
         SELECT id, tenant, worker, attempt, lost_leases + 1 >= CAST(limits ->> 'max_attempts' AS int) AS is_last
         FROM runs WHERE status = 'running' AND lease_until < now()
         ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), settled AS MATERIALIZED (
+        SELECT FROM budgets WHERE tenant IN (SELECT tenant FROM expired) ORDER BY tenant FOR NO KEY UPDATE
     ), rescued AS (
         UPDATE runs
         SET status = CASE WHEN is_last THEN 'failed' ELSE 'queued' END,
@@ -26,6 +29,7 @@ _RESCUE = text("""
             active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
             lease_token = NULL, lease_until = NULL, running_since = NULL
         FROM expired WHERE runs.id = expired.id
+          AND (SELECT count(*) FROM settled) >= 0  -- before the first run is
         RETURNING runs.id, runs.tenant, runs.status, expired.worker, expired.attempt, is_last
     ), doubted AS (
         UPDATE steps SET state = 'in_doubt' FROM rescued WHERE run_id = rescued.id AND is_last AND state = 'intended'
@@ -48,18 +52,21 @@ async def rescue_expired(connection: AsyncConnection, *, limit: int) -> tuple[Se
 
 
 _END_OVERDUE = text("""
-    WITH overdue AS (
-        SELECT id, worker, attempt FROM runs
+    WITH overdue AS MATERIALIZED (
+        SELECT id, tenant, worker, attempt FROM runs
         WHERE status = 'running'
           AND active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000
               > (CAST(limits ->> 'deadline_s' AS numeric) + :grace_seconds) * 1000
         ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), settled AS MATERIALIZED (
+        SELECT FROM budgets WHERE tenant IN (SELECT tenant FROM overdue) ORDER BY tenant FOR NO KEY UPDATE
     ), ended AS (
         UPDATE runs
         SET status = 'failed', stop_reason = 'deadline', ended_at = now(),
             active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
             lease_token = NULL, lease_until = NULL, running_since = NULL
         FROM overdue WHERE runs.id = overdue.id
+          AND (SELECT count(*) FROM settled) >= 0  -- before the first run is
         RETURNING runs.id, runs.tenant, overdue.worker, overdue.attempt
     ), doubted AS (
         UPDATE steps SET state = 'in_doubt' FROM ended WHERE run_id = ended.id AND state = 'intended'

@@ -6,10 +6,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from app.audit.proof import Event, event_hash
-from tests.faults.rig import TERMINAL, Rig, Row
+from tests.faults.rig import TENANT, TERMINAL, Rig, Row
 
+MOST_A_CALL_COSTS = Decimal("0.02")
 _ENDS = {"run.succeeded": "succeeded", "run.failed": "failed", "run.cancelled": "cancelled"}
 _ANSWERED = ("succeeded", "failed", "crashed", "invalid", "rejected")
 _UNOWNED = ("run.requeued", "run.suspended", *_ENDS)
@@ -59,6 +61,7 @@ def broken(rig: Rig, run_ids: Sequence[str]) -> Findings:
         findings.wrong += [f"{run_id}: {what}" for what in _effects_missing(arrived, run, steps[run_id])]
     findings.doubled += _doubled(rig, set(run_ids))
     findings.wrong += _left_in_redis(rig, set(run_ids))
+    findings.wrong += _budget(rig)
     return findings
 
 
@@ -157,6 +160,34 @@ def _doubled(rig: Rig, run_ids: set[str]) -> Iterator[str]:
         for (run_id, call), keys in rig.ledger.keys_of_calls(kind).items():
             if run_id in run_ids and len(keys) > 1:
                 yield f"{run_id}: {kind} of {call} came under {len(keys)} keys: {sorted(keys)}"
+
+
+def _budget(rig: Rig) -> Iterator[str]:
+    """Nothing stays reserved once all runs are at rest, and what is spent is what the steps of the day have cost.
+
+    A call that a cancel or a deadline broke off counts as the most that it may have cost, which no step says.
+    """
+    [found] = rig.rows(
+        """
+        SELECT budgets.*, began, (
+            SELECT sum(reserved_usd) FROM runs WHERE tenant = %(tenant)s
+        ) AS held, (
+            SELECT coalesce(sum(round((steps.body ->> 'cost_usd')::numeric, 8)), 0) FROM steps JOIN runs ON id = run_id
+            WHERE tenant = %(tenant)s AND steps.kind = 'model' AND recorded_at >= began
+        ) AS recorded, (
+            SELECT count(*) FROM runs
+            WHERE tenant = %(tenant)s AND stop_reason IN ('cancelled', 'deadline') AND ended_at >= began
+        ) AS broken_off
+        FROM budgets, LATERAL (SELECT day::timestamp AT TIME ZONE 'UTC' AS began) AS today
+        WHERE tenant = %(tenant)s
+        """,
+        {"tenant": TENANT},
+    )
+    if found["reserved_usd"] or found["held"]:
+        yield f"{found['reserved_usd']} US dollars are reserved, and runs hold {found['held']}"
+    unexplained = found["spent_usd"] - found["recorded"]
+    if not 0 <= unexplained <= found["broken_off"] * MOST_A_CALL_COSTS:
+        yield f"{found['spent_usd']} US dollars are spent, and the steps say {found['recorded']}"
 
 
 def _left_in_redis(rig: Rig, run_ids: set[str]) -> Iterator[str]:

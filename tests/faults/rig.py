@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ import redis
 from psycopg.rows import dict_row
 
 from app.devstack.access import make_key
+from app.devstack.ports import LOOPBACK, free_port
 from app.devstack.processes import Process, Reaper
 from app.devstack.stack import Api, Worker
 from app.domain.principal import Scope
@@ -29,11 +30,14 @@ from tests.faults.failpoints import Failpoint
 from tests.faults.ledger import Ledger
 from tests.faults.proxy import Proxy
 from tests.faults.wire import PostgresWire, RedisWire
+from tests.spending import give_budget
 from tests.stack import Stack
 
 LEASE_SECONDS = 3
 DRAIN_SECONDS = 4
 TENANT = "faults"
+DAILY_USD = "999999"
+"""Its budget: every call is reserved and settled, and none is stopped."""
 SCENARIO = "bench:4:0.1"
 """Four replies of 0.1 s; between them a call of each effect: READ, IDEMPOTENT, ONCE."""
 AWAKE_SECONDS = 1.0
@@ -60,7 +64,10 @@ class FaultyApi(_WithFailpoints, Api):
 
 
 class Rig(Stack):
-    """`worker` and `other` execute; `redis_proxy` and `postgres_proxy` are between them and the servers."""
+    """`worker` and `other` execute; `redis_proxy` and `postgres_proxy` are between them and the servers.
+
+    Webhooks may be sent to `webhook_port`, where nobody listens unless a test does.
+    """
 
     def __init__(self, directory: Path, reaper: Reaper, ledger: Ledger) -> None:
         super().__init__(directory, reaper)
@@ -69,6 +76,7 @@ class Rig(Stack):
         self._failpoints.mkdir()
         self._open = ExitStack()
         self._frozen_at = 0.0
+        self.webhook_port = free_port()
         self.worker = FaultyWorker("worker", log=directory / "worker.log", reaper=reaper)
         self.other = FaultyWorker("other", log=directory / "other.log", reaper=reaper)
         self.api = FaultyApi("api", log=directory / "api.log", reaper=reaper)
@@ -94,6 +102,7 @@ class Rig(Stack):
             "LEASE_SECONDS": str(LEASE_SECONDS),
             "DRAIN_SECONDS": str(DRAIN_SECONDS),
             "WORKER_CONCURRENCY": "20",
+            "EGRESS_TRUSTED_ORIGINS": f"http://{LOOPBACK}:{self.webhook_port}",
         }
 
     def start_servers(self) -> None:
@@ -106,6 +115,7 @@ class Rig(Stack):
         self.other.spawn()
         super().start_service()
         self.other.wait_ready()
+        give_budget(self.database_url, TENANT, DAILY_USD)
         self.client = self._client("submitter", Scope.RUNS_READ, Scope.RUNS_WRITE)
         self.reviewer = self._client("reviewer", Scope.REVIEWS_READ, Scope.REVIEWS_DECIDE)
 
@@ -241,7 +251,7 @@ class Rig(Stack):
 
     # -- past the proxies
 
-    def rows(self, statement: str, parameters: Sequence[object] = ()) -> list[Row]:
+    def rows(self, statement: str, parameters: Sequence[object] | Mapping[str, object] = ()) -> list[Row]:
         with psycopg.connect(self.database_url, autocommit=True, row_factory=dict_row) as connection:
             return connection.execute(statement, parameters).fetchall()
 

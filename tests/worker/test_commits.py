@@ -1,52 +1,60 @@
-"""What a turn of the loop costs Postgres: transactions, counted by Postgres itself."""
-
-import time
+"""What a turn of the loop costs Postgres: transactions that write, counted by the ids that Postgres gives out."""
 
 import httpx
-import psycopg
 
 from tests.scripts import DONE, Reply, Script, call, submit
+from tests.spending import give_budget, rows, stand
 from tests.stack import Stack
 
 RUNS = 60
 TURNS = 8
-WINDOW_SECONDS = 18.0
-"""Postgres' processes report what they have counted when they have been idle for ten seconds."""
 
 
 def transactions(stack: Stack) -> int:
-    with psycopg.connect(stack.database_url, autocommit=True) as connection:
-        row = connection.execute(
-            "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
-        ).fetchone()
-    assert row is not None
-    return int(row[0])
+    """Only what writes has an id: a question whose answer is that there is nothing to write costs no commit."""
+    [row] = rows(stack.database_url, "SELECT pg_snapshot_xmax(pg_current_snapshot())::text AS next")
+    return int(row["next"])
 
 
-def transactions_of(stack: Stack, client: httpx.Client, replies: list[Reply]) -> int:
-    """All that are made in a window of fixed length, in which so many runs play this script.
-
-    Nobody looks at the runs meanwhile: that would be transactions, too.
-    """
+def transactions_of(stack: Stack, client: httpx.Client, tenant: str, replies: list[Reply]) -> int:
+    """All that are made while so many runs play this script."""
     scripts = [Script(stack.model_url, replies) for _ in range(RUNS)]
-    before, began = transactions(stack), time.monotonic()
+    before = transactions(stack)
     for script in scripts:
         submit(client, "toolbox", script.input)
-    time.sleep(began + WINDOW_SECONDS - time.monotonic())
-    return transactions(stack) - before
+    is_open = "SELECT id FROM runs WHERE tenant = %s AND ended_at IS NULL LIMIT 1"
+    stack.until(lambda: not rows(stack.database_url, is_open, tenant), seconds=60)
+    after = transactions(stack)
+    ends = rows(stack.database_url, "SELECT DISTINCT stop_reason AS end FROM runs WHERE tenant = %s", tenant)
+    assert [row["end"] for row in ends] == ["final_answer"]
+    return after - before
 
 
-def test_a_turn_takes_two_commits_and_one_more_before_an_unsafe_call(stack: Stack, client: httpx.Client) -> None:
-    short = transactions_of(stack, client, [call("echo", {"text": "0"}), DONE])
-    safe = transactions_of(stack, client, [*(call("echo", {"text": str(turn)}) for turn in range(TURNS)), DONE])
-    unsafe = transactions_of(stack, client, [*(call("charge", {"amount": turn}) for turn in range(TURNS)), DONE])
-    succeeded = client.get("/v1/runs", params={"limit": 100, "status": "succeeded"}).json()
-    assert len(succeeded["data"]) == 100
-    others = [client.get("/v1/runs", params={"status": status}).json()["data"] for status in ("running", "failed")]
-    assert others == [[], []]
+SHORT = [call("echo", {"text": "0"}), DONE]
+SAFE = [*(call("echo", {"text": str(turn)}) for turn in range(TURNS)), DONE]
+UNSAFE = [*(call("charge", {"amount": turn}) for turn in range(TURNS)), DONE]
+
+
+def test_a_turn_takes_two_commits_and_one_more_before_an_unsafe_call(
+    stack: Stack, client: httpx.Client, tenant: str
+) -> None:
+    short, safe, unsafe = (transactions_of(stack, client, tenant, replies) for replies in (SHORT, SAFE, UNSAFE))
     a_turn = (safe - short) / (RUNS * (TURNS - 1))
     an_intent = (unsafe - safe) / (RUNS * TURNS)
     print(f"commits: {a_turn:.2f} a turn, {an_intent:.2f} more before an unsafe call")
-    # What heartbeats and sweeps make in a window differs by a few.
-    assert 1.5 < a_turn < 2.2
-    assert 0.5 < an_intent < 1.2
+    # Heartbeats and sweeps make a few meanwhile.
+    assert 1.8 < a_turn < 2.2
+    assert 0.8 < an_intent < 1.2
+
+
+def test_a_turn_of_a_tenant_with_a_budget_takes_one_more_that_waits_for_no_disk(
+    stack: Stack, client: httpx.Client, tenant: str
+) -> None:
+    give_budget(stack.database_url, tenant, "999")
+    short, safe = (transactions_of(stack, client, tenant, replies) for replies in (SHORT, SAFE))
+    a_turn = (safe - short) / (RUNS * (TURNS - 1))
+    print(f"commits: {a_turn:.2f} a turn with a budget")
+    assert 2.8 < a_turn < 3.2
+    spent, reserved = stand(stack.database_url, tenant)
+    assert spent > 0
+    assert reserved == 0
