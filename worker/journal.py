@@ -69,6 +69,8 @@ class RunJournal:
         payload: dict[str, JsonValue] = {"tool": step.tool, "arguments": step.arguments}
         if not intended:
             payload["result"] = step.result
+            if step.note is not None:
+                payload["note"] = step.note
         kind = AuditKind.TOOL_INTENDED if intended else AuditKind.TOOL_ANSWERED
         return AuditEntry(kind, {**_tool_call(step), "tool": self._known(step.tool)}, payload)
 

@@ -5,8 +5,9 @@ from functools import cache
 
 from app.domain.agent import Agent
 from app.domain.canonical import canonical_json
+from app.domain.data import as_data
 from app.domain.run import Run
-from app.domain.step import ToolStep
+from app.domain.step import ToolState, ToolStep
 from worker.llm.base import Message
 from worker.state import RunState
 
@@ -19,12 +20,20 @@ def transcript(state: RunState) -> list[Message]:
     messages = _opening(state.agent, state.run)
     for step in state.steps:
         if isinstance(step, ToolStep):
-            messages.append(Message(role="tool", content=step.result or "", tool_call_id=step.call_id))
+            messages.append(Message(role="tool", content=shown(step), tool_call_id=step.call_id))
             continue
         messages.append(Message(role="assistant", content=step.content, tool_calls=step.tool_calls))
         if step.correction is not None:
             messages.append(Message(role="user", content=step.correction))
     return messages
+
+
+def shown(step: ToolStep) -> str:
+    """A result as the model reads it. What a tool said is data; what we say, or a person, stands outside of it."""
+    result = step.result or ""
+    if step.state in (ToolState.SUCCEEDED, ToolState.FAILED) and not step.from_person:
+        result = as_data(step.tool, result)
+    return f"{step.note}\n{result}" if step.note else result
 
 
 def _opening(agent: Agent, run: Run) -> list[Message]:
@@ -40,7 +49,7 @@ def most_input_tokens(state: RunState) -> int:
     reply = state.last_reply
     if reply is None:
         return _size_of_schemas(state.agent) + sum(_size(message.content) for message in transcript(state))
-    results = sum(_size(step.result) for step in state.steps if isinstance(step, ToolStep) and step.seq > reply.seq)
+    results = sum(_size(shown(step)) for step in state.steps if isinstance(step, ToolStep) and step.seq > reply.seq)
     return reply.usage.input_tokens + reply.usage.output_tokens + _size(reply.correction) + results
 
 

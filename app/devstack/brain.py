@@ -35,6 +35,7 @@ _THIS_ORDER = re.compile(
 )
 _FAULT = re.compile(r"\b(broken?|damaged?|fault\w*|defect\w*|wrong|crack\w*|chipped|smashed)\b", re.IGNORECASE)
 _REJECTION = re.compile(r"A person rejected this call: (.*)", re.DOTALL)
+_DATA = re.compile(r'<data-(?P<code>\w+) from="[^"]*">\n(?P<text>.*)\n</data-(?P=code)>', re.DOTALL)
 _COURTESY = re.compile(r"\b(thanks?|thank you|cheers)\b", re.IGNORECASE)
 _LITTLE_WORDS = """
     a about also an and any anything are arrive arrived as ask at be been but by can could did didn do does
@@ -71,7 +72,7 @@ class _Conversation:
         self._parameters = {tool.function.name: tool.function.parameters for tool in request.tools}
         if request.tool_choice == "none":
             self._parameters = {}
-        told = {message.tool_call_id: message.text for message in request.messages if message.role == "tool"}
+        told = {message.tool_call_id: _data_in(message.text) for message in request.messages if message.role == "tool"}
         self._results = [
             (call.function.name, _json(call.function.arguments), told.get(call.id, ""))
             for message in request.messages
@@ -264,8 +265,8 @@ def _about_refund(talk: _Conversation) -> Iterator[str]:
 
 
 def _receipt(text: str) -> dict[str, Any] | None:
-    """What the refund tool returned; where a person changed the arguments, a line above it says so."""
-    found = _json(text) or _json(text.rpartition("\n")[2])
+    """What the refund tool returned."""
+    found = _json(text)
     return found if isinstance(found, dict) and "reference" in found else None
 
 
@@ -298,6 +299,12 @@ def _key_words(text: str) -> list[str]:
 def _plain_answer(talk: _Conversation) -> str:
     tools = f" I was offered the tools {', '.join(talk.tools)}, and do not know how to use them." if talk.tools else ""
     return f'You asked: "{talk.question.strip()[:500]}".{tools} {SIGNATURE}'
+
+
+def _data_in(text: str) -> str:
+    """What a tool returned, without its markers and what is said beside it; or what was said in place of it."""
+    marked = _DATA.search(text)
+    return marked["text"] if marked else text
 
 
 def _json(text: str) -> Any:

@@ -1,5 +1,6 @@
 """What an agent is: instructions, tools, a model and the limits of every run."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, TypeAdapter
 
 from app.domain.canonical import digest
+from app.domain.data import DATA_RULE, holds_data
 from app.domain.tool import Tool
 
 DEFAULT_MODEL = "gpt-5-mini"
@@ -107,9 +109,15 @@ class Agent:
 
     @cached_property
     def prompt_sha256(self) -> str:
-        """SHA-256 (hex) of what the model is always given: tools, output and, where they are text, the instructions."""
+        """SHA-256 (hex) of what the model is always given: tools, output and, where they are text, the instructions.
+
+        What is told of data is a part of these.
+        """
         tools: list[JsonValue] = [[tool.name, tool.description, tool.schema] for tool in self.tools]
-        instructions = self.instructions if isinstance(self.instructions, str) else None
+        if isinstance(self.instructions, str):
+            instructions: str | None = self._with_rule(self.instructions)
+        else:
+            instructions = DATA_RULE if self.tools else None
         return digest([instructions, tools, self.output.model_json_schema() if self.output else None])
 
     @property
@@ -126,12 +134,18 @@ class Agent:
         return self._input.json_schema()
 
     def validate_input(self, value: JsonValue) -> JsonValue:
-        """The input as it is stored and given to the model.
+        """The input as it is stored and given to the model. What `input_schema` does not allow is not converted: 1 is
+        not true.
 
         Raises `pydantic.ValidationError`.
         """
-        stored: JsonValue = self._input.dump_python(self._input.validate_python(value), mode="json")
+        valid = self._input.validate_json(json.dumps(value), strict=True)
+        stored: JsonValue = self._input.dump_python(valid, mode="json")
         return stored
 
     def render_instructions(self, value: JsonValue) -> str:
-        return self.instructions if isinstance(self.instructions, str) else self.instructions(value)
+        """What the model is told first. `value`: the run's input."""
+        return self._with_rule(self.instructions if isinstance(self.instructions, str) else self.instructions(value))
+
+    def _with_rule(self, instructions: str) -> str:
+        return f"{instructions}\n\n{DATA_RULE}" if self.tools or holds_data(instructions) else instructions

@@ -11,7 +11,10 @@ AgentServiceError
 │   │   ├── RunEnded
 │   │   ├── ReviewDecided
 │   │   ├── ReviewExpired
-│   │   └── ArgumentsChanged
+│   │   ├── ArgumentsChanged
+│   │   ├── WebhooksOff
+│   │   ├── TooManyWebhooks
+│   │   └── WebhookDisabled
 │   ├── InvalidRequest          422
 │   │   ├── UnknownAgent
 │   │   ├── LimitRaised
@@ -138,6 +141,23 @@ class ReviewExpired(Conflict):
 class ArgumentsChanged(Conflict):
     problem = "arguments-changed"
     title = "These are not the arguments that were decided on"
+
+
+class WebhooksOff(Conflict):
+    """This deployment has nothing to sign messages with."""
+
+    problem = "webhooks-off"
+    title = "There are no webhooks here"
+
+
+class TooManyWebhooks(Conflict):
+    problem = "too-many-webhooks"
+    title = "The tenant has as many webhooks as it may have"
+
+
+class WebhookDisabled(Conflict):
+    problem = "webhook-disabled"
+    title = "The webhook is disabled"
 
 
 class InvalidRequest(RequestError):

@@ -81,7 +81,8 @@ class ToolState(StrEnum):
 class ToolStep(BaseModel):
     """One call of a tool. `arguments` are the validated ones, or the model's text where they did not fit.
 
-    `result` is what the model is given; `note` what it is told beside that by us, not by the tool.
+    `result` is what the model is given; `note` what it is told beside that by us, not by the tool. `from_person`: the
+    result is what a person said in place of the tool.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -96,6 +97,7 @@ class ToolStep(BaseModel):
     state: ToolState
     result: str | None = None
     note: str | None = None
+    from_person: bool = False
     idempotency_key: str
     duration_ms: int = 0
     recorded_at: datetime | None = None

@@ -34,12 +34,16 @@ class Database(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpReply:
-    """What another server answered. `url`: where the answer came from, after redirects. `body` is not compressed."""
+    """What another server answered. `url`: where the answer came from, after redirects. `body` is not compressed.
+
+    `retry_after`: the header of that name, as it was sent; empty where there was none.
+    """
 
     status: int
     url: str
     content_type: str
     body: bytes
+    retry_after: str = ""
 
 
 class Http(Protocol):

@@ -58,6 +58,11 @@ def test_an_empty_variable_is_a_missing_one(env: pytest.MonkeyPatch) -> None:
         ("DRAIN_SECONDS", SECRET),
         ("DRAIN_SECONDS", "nan"),
         ("LEASE_SECONDS", "inf"),
+        ("EGRESS_TRUSTED_ORIGINS", f"wiki.{SECRET}"),
+        ("EGRESS_TRUSTED_ORIGINS", "https://wiki.internal/path"),
+        ("EGRESS_TRUSTED_ORIGINS", "http://wiki.internal:65536"),
+        ("EGRESS_TRUSTED_ORIGINS", "http://wiki..internal, http://wiki.internal"),
+        ("EGRESS_TRUSTED_ORIGINS", "http://127.1"),
     ],
 )
 def test_a_malformed_variable_is_named_and_not_shown(env: pytest.MonkeyPatch, name: str, value: str) -> None:

@@ -182,11 +182,16 @@ def test_a_doubt_is_settled_by_what_the_person_says() -> None:
     happened = decided(ReviewKind.IN_DOUBT, Decision.RESPOND, response="charged as 17")
     answered = plan(state_of(asked(CHARGE), doubt, reviews=[happened])).answered
     assert [(step.state, step.result) for step in answered] == [(ToolState.SUCCEEDED, "charged as 17")]
+    assert [step.from_person for step in answered] == [True]
 
     no = decided(ReviewKind.IN_DOUBT, Decision.REJECT, reason="it did not")
     answered = plan(state_of(asked(CHARGE), doubt, reviews=[no])).answered
     assert [step.state for step in answered] == [ToolState.REJECTED]
     assert "it did not" in (answered[0].result or "")
+
+    edited = doubt.model_copy(update={"note": "A person changed the arguments."})
+    answered = plan(state_of(asked(CHARGE), edited, reviews=[no])).answered
+    assert [step.note for step in answered] == [None]
 
 
 @pytest.mark.parametrize("recorded_at", [AFTER, None])
@@ -289,7 +294,7 @@ def test_an_approved_call_is_made_with_the_arguments_that_were_approved() -> Non
     (call,) = to_clerk(REFUND, approval(Decision.APPROVE, SEVENTY)).calls
     assert call.step.arguments == SEVENTY
     assert call.arguments.model_dump() == {"order": "A", "amount": 70}
-    assert call.note is None
+    assert call.step.note is None
 
 
 def test_a_call_that_did_not_happen_is_made_with_the_arguments_it_was_begun_with() -> None:
@@ -298,7 +303,7 @@ def test_a_call_that_did_not_happen_is_made_with_the_arguments_it_was_begun_with
     no = decided(ReviewKind.IN_DOUBT, Decision.APPROVE, arguments=SEVENTY)
     (call,) = plan(state_of(asked(REFUND), begun, reviews=[edit, no], agent=clerk)).calls
     assert call.step.arguments == SEVENTY
-    assert call.note is not None
+    assert call.step.note is not None
 
 
 def test_an_edited_call_is_made_with_the_new_arguments_where_they_need_no_approval() -> None:
@@ -306,7 +311,9 @@ def test_an_edited_call_is_made_with_the_new_arguments_where_they_need_no_approv
         todo = to_clerk(REFUND, approval(Decision.EDIT, SIXTY, edited=edited))
         assert not todo.questions
         assert todo.calls[0].step.arguments == {"order": "A", "amount": "50"}
-        assert todo.calls[0].note == ('A person changed the arguments of this call to {"amount":"50","order":"A"}.')
+        assert todo.calls[0].step.note == (
+            'A person changed the arguments of this call to {"amount":"50","order":"A"}.'
+        )
 
 
 def test_an_edited_call_of_a_tool_that_wants_every_call_approved_is_made() -> None:
@@ -326,7 +333,7 @@ def test_edited_arguments_that_need_approval_are_asked_about_again() -> None:
 
     (call,) = to_clerk(REFUND, edit, approval(Decision.APPROVE, SEVENTY)).calls
     assert call.step.arguments == SEVENTY
-    assert call.note is not None
+    assert call.step.note is not None
 
 
 def test_a_decision_about_the_arguments_before_an_edit_does_not_count_for_those_after_it() -> None:
@@ -440,7 +447,7 @@ def test_a_question_of_the_model_goes_to_a_person() -> None:
 
 def test_the_answer_of_a_person_is_the_result() -> None:
     (step,) = to_clerk(ASK, decided(ReviewKind.QUESTION, Decision.RESPOND, response="left")).answered
-    assert (step.state, step.result) == (ToolState.SUCCEEDED, "left")
+    assert (step.state, step.result, step.from_person) == (ToolState.SUCCEEDED, "left", True)
     (step,) = to_clerk(ASK, decided(ReviewKind.QUESTION, Decision.REJECT, reason="ask the customer")).answered
     assert (step.state, step.result) == (ToolState.REJECTED, "A person does not answer: ask the customer")
 

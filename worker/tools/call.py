@@ -57,8 +57,6 @@ class ToolCaller:
     async def _make_one(self, state: RunState, call: PlannedCall, results: list[ToolStep]) -> None:
         began = time.monotonic()
         tool_state, result = await self._outcome(state, call)
-        if call.note is not None and result is not None:
-            result = f"{call.note}\n{result}"
         known = {"state": tool_state, "result": result, "duration_ms": round((time.monotonic() - began) * 1000)}
         results.append(call.step.model_copy(update=known))
 
@@ -70,7 +68,7 @@ class ToolCaller:
         except LeaseLost:
             raise
         except ToolError as error:
-            return ToolState.FAILED, storable_text(str(error)) or "The tool did not work."
+            return ToolState.FAILED, _cut(storable_text(str(error)), tool) or "The tool did not work."
         except (Exception, SystemExit, asyncio.CancelledError) as error:
             # A tool is somebody else's code: whatever it raises is its failure, not the run's, or the worker's.
             task = asyncio.current_task()
@@ -113,6 +111,10 @@ def _as_text(value: object, tool: Tool) -> str:
     else:
         plain = storable(to_jsonable_python(value, serialize_unknown=True, bytes_mode="base64"))
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"))
+    return _cut(text, tool)
+
+
+def _cut(text: str, tool: Tool) -> str:
     if len(text) <= tool.max_result_chars:
         return text
     return f"{text[: tool.max_result_chars]}\n[cut: {len(text)} characters in all]"

@@ -24,15 +24,11 @@ MAX_CALLS_IN_A_REPLY = 32
 
 @dataclass(frozen=True, slots=True)
 class PlannedCall:
-    """A call that is to be made now; `step` is how it stands in the record until its result is there.
-
-    `note`: what the model is told before the result.
-    """
+    """A call that is to be made now; `step` is how it stands in the record until its result is there."""
 
     tool: Tool
     arguments: BaseModel
     step: ToolStep
-    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +106,7 @@ def _propose(
     if _needs_approval(tool, arguments, agreed):
         editor = agreed.decided_by if agreed else None
         return questions.approval(tool, step, editor=editor)
-    return PlannedCall(tool, arguments, step, note=_note(asked, shown))
+    return PlannedCall(tool, arguments, step.model_copy(update={"note": _note(asked, shown)}))
 
 
 def _needs_approval(tool: Tool, arguments: BaseModel, agreed: Review | None) -> bool:
@@ -147,16 +143,15 @@ def _settles_doubt(review: Review, begun: ToolStep) -> bool:
 def _without_call(review: Review, step: ToolStep, asked: Sequence[Review]) -> ToolStep:
     """The result that the model is given in place of a call that is not made."""
     if review.decision is Decision.RESPOND:
-        note = _note(asked, step.arguments)
-        result = f"{note}\n{review.response}" if note else review.response
-        return step.model_copy(update={"state": ToolState.SUCCEEDED, "result": result})
+        said = {"result": review.response, "from_person": True, "note": _note(asked, step.arguments)}
+        return step.model_copy(update={"state": ToolState.SUCCEEDED, **said})
     is_question = review.kind is ReviewKind.QUESTION
     if review.status is ReviewStatus.EXPIRED:
         why = "Nobody answered in time." if is_question else "Not called: nobody approved this call in time."
     else:
         did = "does not answer" if is_question else "rejected this call"
         why = f"A person {did}: {review.reason or 'no reason given'}"
-    return step.model_copy(update={"state": ToolState.REJECTED, "result": why})
+    return step.model_copy(update={"state": ToolState.REJECTED, "result": why, "note": None})
 
 
 def _note(asked: Sequence[Review], arguments: JsonValue) -> str | None:
