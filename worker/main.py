@@ -22,6 +22,7 @@ from app.prices import load_prices
 from app.queue import RunQueue
 from app.registry import load_agents
 from app.signals import CANCELLED, Signals
+from worker.deliverer import open_deliverer
 from worker.egress import Egress
 from worker.ending import Ending
 from worker.executor import Executor, ModelAsker
@@ -42,8 +43,8 @@ RUN_CONNECTIONS = 10
 """Connections to Postgres that all runs share; a run uses one only while a statement lasts."""
 TOOL_CONNECTIONS = 5
 """Those of `ctx.db`: however slow the tools' queries are, the runs' own statements do not wait for them."""
-VITAL_CONNECTIONS = 6
-"""Those of heartbeat, sweeper, sealer and probe: what keeps the leases waits for neither."""
+VITAL_CONNECTIONS = 7
+"""Those of heartbeat, sweeper, sealer, deliverer and probe: what keeps the leases waits for neither."""
 TOOL_THREADS = 32
 TOOL_PATIENCE_SECONDS = 600.0
 """How long `ctx.db` waits for a connection; the timeout of the tool is nearly always shorter."""
@@ -64,7 +65,7 @@ def main() -> None:
     code = 0
     try:
         settings = load_settings()
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, secrets=settings.secrets)
         # Not `uvloop.run`: that waits for tasks that do not heed their cancellation, and those have lost their runs.
         asyncio.Runner(loop_factory=uvloop.new_event_loop).run(run_worker(settings))
     except ConfigurationError as error:
@@ -130,6 +131,9 @@ async def run_worker(settings: Settings) -> None:
         )
 
         sealer = open_sealer(settings, vital_engine)
+        # Not that of the tools: endpoints and name servers that keep silent hold up only deliveries.
+        couriers = await stack.enter_async_context(Egress(settings.egress_trusted_origins))
+        deliverer = open_deliverer(settings, vital_engine, couriers)
         watchdog = Watchdog(ends_after=max(ENDS_AFTER_LEASES * settings.lease_seconds, ENDS_AFTER_SECONDS))
         vital = [
             await stack.enter_async_context(in_background(work))
@@ -139,6 +143,7 @@ async def run_worker(settings: Settings) -> None:
                 Sweeper(vital_engine, queue, signals).keep_sweeping(),
                 signals.listen(CANCELLED, leases.drop),
                 *([sealer.keep_sealing()] if sealer else []),
+                *([deliverer.keep_delivering()] if deliverer else []),
             )
         ]
         watchdog.start()
@@ -166,6 +171,8 @@ async def run_worker(settings: Settings) -> None:
         ends: list[asyncio.Future[Any]] = [feeding, asked, *vital]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         ending.ask()
+        if deliverer:
+            deliverer.stop()
         await drain(ending, executor, feeder, feeding)
         for task in (feeding, *vital):
             if task.done():

@@ -46,10 +46,12 @@ api_keys = Table(
     _time("expires_at"),
     _time("revoked_at"),
     Column("holder", Text),
+    Column("replaced_by", Text),
     Column("requests_per_s", Double, nullable=False, server_default=text("100")),
     Column("burst", Integer, nullable=False, server_default=text("200")),
     Column("max_in_flight", Integer, nullable=False, server_default=text("1000")),
     _time("last_used_at"),
+    Index("keys_by_holder", "holder"),
 )
 
 budgets = Table(
@@ -231,6 +233,7 @@ webhooks = Table(
     Column("events", ARRAY(Text), nullable=False),
     _time("created_at", nullable=False, default_now=True),
     Column("created_by", Text, nullable=False),
+    _time("failing_since"),
     _time("disabled_at"),
     Column("disabled_why", Text),
     Index("webhooks_by_tenant", "tenant", "id"),
@@ -253,7 +256,7 @@ webhook_deliveries = Table(
     Column("last_error", Text),
     _time("created_at", nullable=False, default_now=True),
     _time("ended_at"),
-    Index("deliveries_due", "next_attempt_at", postgresql_where=text("status = 'pending'")),
+    Index("deliveries_due", "webhook_id", "next_attempt_at", postgresql_where=text("status = 'pending'")),
     Index("deliveries_by_webhook", "webhook_id", "number"),
     Index("deliveries_by_run", "run_id", "number"),
     Index("deliveries_ended", "ended_at", postgresql_where=text("status <> 'pending'")),

@@ -1,7 +1,7 @@
 """The whole service on one machine: PostgreSQL, Valkey, a model, the API and a worker, started and stopped in order."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -12,6 +12,7 @@ from app.devstack.ports import LOOPBACK
 from app.devstack.processes import Process, Reaper, Server, start_together
 from app.devstack.servers import SERVICE_USER, Postgres, Valkey
 from app.domain.errors import ConfigurationError
+from app.webhook_signature import new_signing_key
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE = "agent_service"
@@ -75,8 +76,8 @@ class Stack:
     """The processes of one service. What is under `directory` belongs to this stack alone.
 
     `env`: the environment that the API and the worker get, besides what the stack knows itself. The stand-in model
-    is part of the stack unless it has an `OPENAI_API_KEY`. The audit is sealed with its `AUDIT_SIGNING_KEY`, or with a
-    key of the stack's own.
+    is part of the stack unless it has an `OPENAI_API_KEY`. The audit is sealed with its `AUDIT_SIGNING_KEY`, webhooks'
+    secrets are derived from its `WEBHOOK_SIGNING_KEY`, or from keys of the stack's own.
     `durable`: the data survives a crash of the machine. `api_port`: any free one by default.
     """
 
@@ -126,7 +127,13 @@ class Stack:
     @property
     def env(self) -> dict[str, str]:
         """The environment of a process of this stack. Known once the servers have been started."""
-        env = {**self._env, "DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
+        webhook_key = self._env.get("WEBHOOK_SIGNING_KEY") or self._own_key("webhook-signing-key", new_signing_key)
+        env = {
+            **self._env,
+            "DATABASE_URL": self.database_url,
+            "REDIS_URL": self.redis_url,
+            "WEBHOOK_SIGNING_KEY": webhook_key,
+        }
         if self.model:
             env |= {"OPENAI_API_KEY": "stand-in", "OPENAI_BASE_URL": f"{self.model.address}/v1"}
         return env
@@ -144,19 +151,19 @@ class Stack:
     @property
     def sealing_env(self) -> dict[str, str]:
         """What only a worker is told."""
-        pem = self._env.get("AUDIT_SIGNING_KEY") or self._own_signing_key()
+        pem = self._env.get("AUDIT_SIGNING_KEY") or self._own_key("audit-signing-key.pem", new_private_key_pem)
         try:
             self.audit_public_key.write_text(public_key_pem(pem))
         except ValueError as error:
             raise ConfigurationError(f"AUDIT_SIGNING_KEY is malformed: it {error}") from None
         return {"AUDIT_SIGNING_KEY": pem, "AUDIT_ANCHOR": str(self.audit_anchor)}
 
-    def _own_signing_key(self) -> str:
-        file = self.directory / "audit-signing-key.pem"
+    def _own_key(self, name: str, make: Callable[[], str]) -> str:
+        file = self.directory / name
         if not file.exists():
             unfinished = file.with_suffix(".new")
             unfinished.touch(mode=0o600)
-            unfinished.write_text(new_private_key_pem())
+            unfinished.write_text(make())
             unfinished.rename(file)
         return file.read_text()
 

@@ -28,11 +28,13 @@ def _limit_keys() -> None:
     op.execute("""
         ALTER TABLE api_keys
             ADD COLUMN holder         text,
+            ADD COLUMN replaced_by    text,
             ADD COLUMN requests_per_s double precision NOT NULL DEFAULT 100 CHECK (requests_per_s > 0),
             ADD COLUMN burst          integer NOT NULL DEFAULT 200 CHECK (burst > 0),
             ADD COLUMN max_in_flight  integer NOT NULL DEFAULT 1000 CHECK (max_in_flight > 0),
             ADD COLUMN last_used_at   timestamptz
     """)
+    op.execute("CREATE INDEX keys_by_holder ON api_keys (holder)")
     op.execute("CREATE INDEX runs_in_flight ON runs (api_key_id) WHERE status IN ('queued', 'running')")
 
 
@@ -49,16 +51,24 @@ def _make_budgets() -> None:
     """)
     # Whatever lets go of a run, or records what it used, settles with its tenant's budget in the same transaction:
     # no path can forget it, so a worker that dies leaves no reservation behind once its run is rescued.
+    #
+    # A reply without a price costs the most that it may. So does a call that a cancel or a deadline breaks off: the
+    # provider goes on with it, and whoever may submit could otherwise spend without end and without a trace.
+    # A transaction that began before midnight may come to a budget that another one has renewed already.
     op.execute("""
         CREATE FUNCTION settle_budget() RETURNS trigger LANGUAGE plpgsql AS $$
         DECLARE
             today date := (now() AT TIME ZONE 'UTC')::date;
+            used  numeric := CASE
+                WHEN new.model_calls <> old.model_calls THEN coalesce(new.cost_usd - old.cost_usd, old.reserved_usd)
+                WHEN new.stop_reason IN ('cancelled', 'deadline') THEN old.reserved_usd
+                ELSE 0
+            END;
         BEGIN
             UPDATE budgets
             SET reserved_usd = greatest(reserved_usd - old.reserved_usd, 0),
-                spent_usd = CASE WHEN day = today THEN spent_usd ELSE 0 END
-                          + coalesce(new.cost_usd - old.cost_usd, old.reserved_usd),
-                day = today
+                spent_usd = CASE WHEN day >= today THEN spent_usd ELSE 0 END + used,
+                day = greatest(day, today)
             WHERE tenant = new.tenant;
             new.reserved_usd := 0;
             RETURN new;
@@ -78,14 +88,15 @@ def _make_budgets() -> None:
 def _make_webhooks() -> None:
     op.execute("""
         CREATE TABLE webhooks (
-            id           uuid PRIMARY KEY,
-            tenant       text NOT NULL,
-            url          text NOT NULL,
-            events       text[] NOT NULL,
-            created_at   timestamptz NOT NULL DEFAULT now(),
-            created_by   text NOT NULL,
-            disabled_at  timestamptz,
-            disabled_why text
+            id            uuid PRIMARY KEY,
+            tenant        text NOT NULL,
+            url           text NOT NULL,
+            events        text[] NOT NULL,
+            created_at    timestamptz NOT NULL DEFAULT now(),
+            created_by    text NOT NULL,
+            failing_since timestamptz,
+            disabled_at   timestamptz,
+            disabled_why  text
         )
     """)
     op.execute("CREATE INDEX webhooks_by_tenant ON webhooks (tenant, id)")
@@ -107,7 +118,9 @@ def _make_webhooks() -> None:
             ended_at        timestamptz
         ) WITH (fillfactor = 70)
     """)
-    op.execute("CREATE INDEX deliveries_due ON webhook_deliveries (next_attempt_at) WHERE status = 'pending'")
+    op.execute("""
+        CREATE INDEX deliveries_due ON webhook_deliveries (webhook_id, next_attempt_at) WHERE status = 'pending'
+    """)
     op.execute("CREATE INDEX deliveries_by_webhook ON webhook_deliveries (webhook_id, number)")
     op.execute("CREATE INDEX deliveries_by_run ON webhook_deliveries (run_id, number)")
     op.execute("CREATE INDEX deliveries_ended ON webhook_deliveries (ended_at) WHERE status <> 'pending'")
@@ -147,16 +160,26 @@ def _make_role_of_tools() -> None:
         END
         $$
     """)
-    # Also to the owner, who is the service's own user where there is only one.
-    for member in (SERVICE, "CURRENT_USER"):
-        op.execute(f"""
-            DO $$
-            BEGIN
-                GRANT {TOOLS} TO {member};
-            EXCEPTION WHEN unique_violation OR SQLSTATE 'XX000' THEN  -- "tuple concurrently updated": the same again
-            END
-            $$
-        """)
+    # Where it was there before, another owner may have made it, who alone can grant it.
+    op.execute(f"""
+        DO $$
+        BEGIN
+            IF NOT pg_has_role('{SERVICE}', '{TOOLS}', 'MEMBER') THEN
+                GRANT {TOOLS} TO {SERVICE};
+            END IF;
+        EXCEPTION WHEN unique_violation OR SQLSTATE 'XX000' THEN  -- "tuple concurrently updated": by the same grant
+        END
+        $$
+    """)
+    # The owner is the service's own user where there is only one.
+    op.execute(f"""
+        DO $$
+        BEGIN
+            GRANT {TOOLS} TO CURRENT_USER;
+        EXCEPTION WHEN insufficient_privilege OR unique_violation OR SQLSTATE 'XX000' THEN
+        END
+        $$
+    """)
 
 
 def downgrade() -> None:
@@ -171,6 +194,7 @@ def downgrade() -> None:
     op.execute("""
         ALTER TABLE api_keys
             DROP COLUMN holder,
+            DROP COLUMN replaced_by,
             DROP COLUMN requests_per_s,
             DROP COLUMN burst,
             DROP COLUMN max_in_flight,
