@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo dev test check bench soak lock clean
+.PHONY: help demo dev test check bench soak lock audit-deps clean
 
 help:
 	@echo "make demo    one run from beginning to end, step by step"
@@ -11,8 +11,10 @@ help:
 	@echo "make test    all tests, on real servers"
 	@echo "make check   format, lint, types, import contracts, locks"
 	@echo "make bench   the measurements"
-	@echo "make soak    thousands of runs while workers, Valkey and Postgres are killed; MINUTES=15"
+	@echo "make soak    thousands of runs while workers, Valkey and Postgres are killed; MINUTES=15;"
+	@echo "             then everything that can be sent to the API; FUZZ_MINUTES=20"
 	@echo "make lock    renew the lock files; with UPGRADE=1 to the newest versions"
+	@echo "make audit-deps  known vulnerabilities of requirements.lock, where their database can be reached"
 	@echo "make clean   remove what was made here, the development data too"
 
 demo: $(READY)
@@ -28,7 +30,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy .ci/lock.py
+	$(BIN)/mypy .ci/lock.py .ci/audit_deps.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/lock.py --check
 
@@ -37,6 +39,10 @@ bench: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+	$(BIN)/python -m tests.fuzz $(if $(FUZZ_MINUTES),--minutes $(FUZZ_MINUTES)) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
+
+audit-deps: $(READY)
+	@$(BIN)/python .ci/audit_deps.py $(ARGS)
 
 lock: $(READY)
 	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)

@@ -12,7 +12,8 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.domain.errors import ConfigurationError
+from app.domain.egress import read_origins
+from app.domain.errors import ConfigurationError, EgressRefused
 
 DEFAULT_SECRETS_DIR = "/run/secrets"
 MIN_SIGNING_KEY = 32
@@ -33,6 +34,13 @@ class DatabaseSettings(BaseSettings):
     def owner_url(self) -> str:
         """For migrations and erasure: the owner's address, or the service's where there is no other."""
         return (self.owner_database_url or self.database_url).get_secret_value()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must never be seen: every secret, and the passwords inside of addresses."""
+        values = [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
+        passwords = [password for value in values if (password := _password_in(value))]
+        return (*values, *passwords, *map(unquote, passwords))
 
     @property
     def database_user(self) -> str:
@@ -131,6 +139,10 @@ class Settings(AuditSettings):
         for origin in value:
             if not re.fullmatch(r"https?://([a-z0-9.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", origin):
                 raise ValueError("must be origins such as http://wiki.internal:8080, in lower case, without a path")
+        try:
+            read_origins(value)
+        except EgressRefused as error:
+            raise ValueError(f"holds an origin that is none: {error}") from None
         return value
 
     @field_validator("agents", "egress_trusted_origins", mode="before")
@@ -150,6 +162,13 @@ class Settings(AuditSettings):
         if self.openai_api_key is None:
             raise ConfigurationError("OPENAI_API_KEY is missing: the worker cannot ask a model without it")
         return self.openai_api_key
+
+
+def _password_in(url: str) -> str | None:
+    try:
+        return urlsplit(url).password
+    except ValueError:  # not an address
+        return None
 
 
 def _check_port(url: SecretStr) -> None:

@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from fastapi.middleware import Middleware
 
 from app import __version__
-from app.api import agents, errors, health, reviews, runs
+from app.api import agents, errors, health, metrics, reviews, runs, webhooks
 from app.api.deps import Services
+from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.openapi import describe
 from app.api.waiters import Waiters
@@ -19,8 +20,10 @@ from app.db.schema import newest_revision
 from app.decisions import Decisions
 from app.enqueuer import Enqueuer
 from app.intake import Intake
+from app.key_usage import KeyUsage
 from app.prices import load_prices
 from app.queue import RunQueue
+from app.rate_limit import RateLimiter
 from app.registry import Registry, load_agents
 from app.signals import RESTED, Signals
 
@@ -35,6 +38,7 @@ Errors are [RFC 9457](https://www.rfc-editor.org/rfc/rfc9457) problems: compare 
 _TAGS = [
     {"name": "runs", "description": "Tasks and what became of them."},
     {"name": "reviews", "description": "What people have to decide."},
+    {"name": "webhooks", "description": "Who is told of runs, and what was sent."},
     {"name": "agents", "description": "What can be asked."},
     {"name": "health", "description": "Probes, and what is running. No key needed."},
 ]
@@ -77,7 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.agents = registry
     errors.install(app)
-    for resource in (runs, reviews, agents, health):
+    for resource in (runs, reviews, webhooks, agents, health, metrics):
         app.include_router(resource.router)
     return app
 
@@ -91,6 +95,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
     )
     redis_url = settings.redis_url.get_secret_value()
     queue, signals, waiters = RunQueue(redis_url), Signals(redis_url), Waiters()
+    rate_limiter, key_usage = RateLimiter(redis_url), KeyUsage(engine)
     enqueuer = Enqueuer(queue, engine)
     intake = Intake(
         engine=engine,
@@ -101,7 +106,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
         model=settings.model,
     )
     try:
-        async with signals.listening(RESTED, waiters.wake), enqueuer.running():
+        async with signals.listening(RESTED, waiters.wake), enqueuer.running(), key_usage.running():
             yield Services(
                 settings=settings,
                 engine=engine,
@@ -110,9 +115,13 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
                 agents=registry,
                 intake=intake,
                 decisions=Decisions(engine=engine, enqueuer=enqueuer, signals=signals, agents=registry),
+                rate_limiter=rate_limiter,
+                key_usage=key_usage,
+                metrics=Metrics(),
                 newest_revision=newest_revision(),
             )
     finally:
         queue.close()
+        await rate_limiter.aclose()
         await signals.aclose()
         await engine.dispose()

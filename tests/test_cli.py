@@ -5,39 +5,26 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-import click.testing
 import psycopg
 import pytest
-from click.testing import CliRunner
 from psycopg import sql
 
-import app.cli
 from app import __version__
 from app.config import Settings
-from app.devstack.access import is_accepted
 from app.devstack.ports import free_port
 from tests.stack import clean_env
 
-COMMANDS = ["api", "audit", "demo", "dev", "keys", "migrate", "reviews", "worker"]
+COMMANDS = ["api", "audit", "budgets", "demo", "dev", "keys", "migrate", "reviews", "worker"]
 Result = subprocess.CompletedProcess[str]
 Cli = Callable[..., Result]
-Keys = Callable[..., click.testing.Result]
 
 
 def run(*arguments: str, **variables: str) -> Result:
     command = [sys.executable, "-m", "app", *arguments]
     return subprocess.run(command, check=False, env=clean_env(**variables), capture_output=True, text=True, timeout=60)
-
-
-@pytest.fixture
-def keys(database_url: str, redis_url: str) -> Keys:
-    """Runs `agent-service keys` in this process, on a migrated database of this test's own."""
-    runner = CliRunner(env={"DATABASE_URL": database_url, "REDIS_URL": redis_url})
-    return lambda *arguments: runner.invoke(app.cli.cli, ["keys", *arguments], prog_name="agent-service")
 
 
 @pytest.fixture
@@ -126,67 +113,6 @@ def test_a_user_without_the_rights_of_the_service_is_told_who_gives_them(cli: Cl
 def test_migrate_as_the_owner_says_that_it_is_done(cli: Cli, owner_url: str) -> None:
     result = cli("migrate", OWNER_DATABASE_URL=owner_url)
     assert (result.returncode, result.stderr) == (0, "The database is up to date.\n")
-
-
-# -- keys
-
-
-def test_a_key_is_printed_alone_on_standard_output_and_works(keys: Keys, database_url: str) -> None:
-    result = keys("create", "--tenant", "shop", "--name", "till 1")
-    assert result.exit_code == 0
-    assert re.fullmatch(r"ask_[0-9a-f]{12}_[\w-]{43}\n", result.stdout)
-    assert is_accepted(database_url, result.stdout.strip())
-
-
-def test_the_list_shows_keys_but_no_secret(keys: Keys) -> None:
-    first = keys("create", "--tenant", "shop", "--name", "till 1").stdout.strip()
-    second = keys("create", "--tenant", "bank", "--name", "desk", "--scope", "admin", "--expires-in", "90d").stdout
-    day = datetime.now(UTC) + timedelta(days=90)
-    titles, *rows = [re.split(r"  +", line) for line in keys("list").stdout.splitlines()]
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    assert titles == ["ID", "TENANT", "NAME", "SCOPES", "CREATED", "EXPIRES", "STATE"]
-    assert rows[0] == [first.split("_")[1], "shop", "till 1", "runs:read,runs:write", today, "never", "valid"]
-    assert rows[1][:5] == [second.split("_")[1], "bank", "desk", "admin", today]
-    assert rows[1][5].startswith(f"{day:%Y-%m-%d}")
-    assert first.split("_", 2)[2] not in keys("list").stdout
-
-
-def test_a_revoked_key_is_refused_and_cannot_be_revoked_twice(keys: Keys, database_url: str) -> None:
-    key = keys("create", "--tenant", "shop", "--name", "till 1").stdout.strip()
-    key_id = key.split("_")[1]
-    assert keys("revoke", key_id).exit_code == 0
-    assert not is_accepted(database_url, key)
-    assert keys("list").stdout.splitlines()[1].endswith("revoked")
-    again = keys("revoke", key_id)
-    assert again.exit_code == 1
-    assert again.stderr == f"agent-service: there is no key {key_id!r} that is not revoked already\n"
-
-
-def test_an_expired_key_is_shown_as_such(keys: Keys, database_url: str) -> None:
-    keys("create", "--tenant", "shop", "--name", "till 1", "--expires-in", "30m")
-    with psycopg.connect(database_url) as connection:
-        connection.execute("UPDATE api_keys SET expires_at = now()")
-    assert keys("list").stdout.splitlines()[1].endswith("expired")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--name", "till"),
-        ("--tenant", "shop"),
-        ("--tenant", " ", "--name", "till"),
-        ("--tenant", "shop", "--name", "till\n2"),
-        ("--tenant", "shop", "--name", "till", "--scope", "runs:delete"),
-        *(
-            ("--tenant", "shop", "--name", "till", "--expires-in", text)
-            for text in ("90", "0d", "-1d", "1w", "1e3d", "")
-        ),
-    ],
-)
-def test_a_key_that_makes_no_sense_is_not_made(options: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app.cli.cli, ["keys", "create", *options])
-    assert result.exit_code == 2
-    assert "Error: " in result.stderr
 
 
 def test_a_taken_port_is_one_line_that_names_it_and_an_end(settings: Settings) -> None:

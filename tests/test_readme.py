@@ -94,6 +94,23 @@ def test_the_reviewers_commands_of_the_readme_work(stack: Stack, client: httpx.C
     assert rest(client, run)["status"] == "succeeded"
 
 
+def test_the_keys_commands_of_the_readme_work(stack: Stack, database_url: str) -> None:
+    [block] = re.findall(r"```sh\n(agent-service keys create.*?)```", README, re.DOTALL)
+    creating, *others = block.splitlines()
+    key = shell(creating, stack, DATABASE_URL=database_url).strip()
+    told = shell("\n".join(others), stack, DATABASE_URL=database_url, KEY_ID=key.split("_")[1])
+    assert "acme" in told
+    new_key = re.findall(r"ask_\w+[\w-]+", told)[-1]
+    assert is_accepted(database_url, new_key)
+    assert not is_accepted(database_url, key)
+
+
+def test_the_webhook_of_the_documentation_is_created(stack: Stack, client: httpx.Client) -> None:
+    [creating] = re.findall(r"```sh\n(curl .*?)```", (ROOT / "docs" / "webhooks.md").read_text(), re.DOTALL)
+    key = client.headers["Authorization"].removeprefix("Bearer ")
+    assert '"secret":"whsec_' in shell(creating, stack, KEY=key).replace(": ", ":")
+
+
 def test_the_database_is_prepared_as_the_readme_says(stack: Stack) -> None:
     [migrating] = re.findall(r"^OWNER_DATABASE_URL=.* migrate$", README, re.MULTILINE)
     [role] = re.findall(r"`(CREATE ROLE service LOGIN PASSWORD '…')`", README)
@@ -120,7 +137,7 @@ def test_the_audits_commands_of_the_readme_work(
     assert {file.name for file in tmp_path.iterdir()} == {"signing-key.pem", "public-key.pem", "audit.jsonl.gz"}
 
 
-COMMAND = r"agent-service ([a-z]+(?: (?:create|list|show|decide|keygen|verify|export|erase|retain))?)"
+COMMAND = r"agent-service ([a-z]+(?: (?:create|list|show|decide|keygen|verify|export|erase|retain|rotate|revoke|set))?)"
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(COMMAND, README))))
@@ -136,6 +153,6 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")):
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *ROOT.glob("docs/**/*.md")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

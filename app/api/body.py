@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import islice
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -14,6 +15,13 @@ from app.domain.pointer import MAX_DEPTH, MAX_ERRORS, field_errors, unstorable
 
 MAX_DIGITS = 1_000
 """Of an integer. Python itself refuses to print one with more than 4,300."""
+MAX_VALUES = 20_000
+"""In one body, names not counted. 1 MiB has room for half a million, and all others would wait seconds for that."""
+_STRINGS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""Matches wherever there is a quotation mark, also where nothing closes it, so that nothing is looked at twice."""
+
+EXACT = 2**53
+"""Up to here a float holds every integer."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -32,6 +40,7 @@ class JsonBody(Generic[Model]):
         if not body:
             raise InvalidRequest("the body is empty")
         _check_media_type(request.headers.get("content-type", ""))
+        _check_coding(request.headers.get("content-encoding", ""))
         value = _parse(body)
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
@@ -49,9 +58,17 @@ def _check_media_type(content_type: str) -> None:
         raise UnsupportedMediaType("send Content-Type: application/json")
 
 
+def _check_coding(content_encoding: str) -> None:
+    """Nothing is unpacked here, so a few bytes never become many."""
+    if content_encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("send the body without Content-Encoding", headers={"Accept-Encoding": "identity"})
+
+
 def _parse(body: bytes) -> JsonValue:
     try:
         text = body.decode()
+        if _values_at_most(text) > MAX_VALUES and _values_at_most(_STRINGS.sub("", text)) > MAX_VALUES:
+            raise InvalidRequest(f"a body may hold {MAX_VALUES} values")
         value: JsonValue = json.loads(
             text, parse_int=_int, parse_float=_float, parse_constant=_constant, object_pairs_hook=_object
         )
@@ -67,17 +84,23 @@ def _parse(body: bytes) -> JsonValue:
     return value
 
 
+def _values_at_most(text: str) -> int:
+    """Each but the first stands behind one of these, which may also stand in strings."""
+    return 1 + text.count(",") + text.count("[") + text.count("{")
+
+
 def _int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer may have {MAX_DIGITS} digits")
     return int(digits)
 
 
-def _float(digits: str) -> float:
+def _float(digits: str) -> float | int:
+    """JSON has one kind of number: 1.0 is the integer 1, wherever that is asked for."""
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError("a number is too large")
-    return value
+    return int(value) if value.is_integer() and abs(value) < EXACT else value
 
 
 def _constant(name: str) -> NoReturn:

@@ -1,9 +1,12 @@
 """Errors as RFC 9457 problem+json. Every type is described in `docs/problems.md`.
 
 RequestError (app.domain.errors)
+├── NotHttp                 400
 ├── MethodNotAllowed        405
+├── RequestTimeout          408
 ├── BodyTooLarge            413
 ├── UnsupportedMediaType    415
+├── HeadTooLarge            431
 └── InternalError           500: how a bug looks from outside
 """
 
@@ -20,7 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.domain.errors import FieldError, InvalidRequest, NotFound, RequestError, Unavailable
-from app.domain.pointer import in_words
+from app.domain.pointer import MAX_ERRORS, in_words
+from app.logging import without_secrets
 
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -40,6 +44,17 @@ class MethodNotAllowed(RequestError):
     title = "Not possible with this method"
 
 
+class RequestTimeout(RequestError):
+    """The client took too long to send its request. The rest of it is not waited for."""
+
+    status = 408
+    problem = "request-timeout"
+    title = "The request took too long to arrive"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Connection": "close"})
+
+
 class BodyTooLarge(RequestError):
     status = 413
     problem = "body-too-large"
@@ -49,7 +64,13 @@ class BodyTooLarge(RequestError):
 class UnsupportedMediaType(RequestError):
     status = 415
     problem = "unsupported-media-type"
-    title = "The body must be JSON"
+    title = "The body must be JSON, as it is"
+
+
+class HeadTooLarge(RequestError):
+    status = 431
+    problem = "head-too-large"
+    title = "The head of the request is too large"
 
 
 class InternalError(RequestError):
@@ -64,17 +85,24 @@ def problem_type(error: RequestError | type[RequestError]) -> str:
 
 
 def problem_response(request: Request, error: RequestError) -> Response:
+    request.app.state.services.metrics.count_refusal(type(error))
+    body = problem_body(error, path=request.scope["path"], request_id=request.state.request_id)
+    return Response(body, status_code=error.status, headers=error.headers, media_type=PROBLEM_JSON)
+
+
+def problem_body(error: RequestError, *, path: str, request_id: str) -> bytes:
+    """The document. Whatever of it the caller has sent, a secret does not come back in it."""
     problem: dict[str, object] = {
         "type": problem_type(error),
         "title": error.title,
         "status": error.status,
         "detail": error.detail,
-        "instance": quote(request.scope["path"]),
-        "request_id": request.state.request_id,
+        "instance": quote(path),
+        "request_id": request_id,
     }
     if error.errors:
         problem["errors"] = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
-    return Response(json.dumps(problem), status_code=error.status, headers=error.headers, media_type=PROBLEM_JSON)
+    return without_secrets(json.dumps(problem)).encode()
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -102,7 +130,9 @@ async def _invalid_parameter(request: Request, error: Exception) -> Response:
     problems = error.errors()
     if any(problem["loc"][0] == "path" for problem in problems):
         return problem_response(request, NotFound("there is nothing with this id"))
-    errors = tuple(FieldError("/".join(map(str, problem["loc"])), in_words(problem)) for problem in problems)
+    errors = tuple(
+        FieldError("/".join(map(str, problem["loc"])), in_words(problem)) for problem in problems[:MAX_ERRORS]
+    )
     return problem_response(request, InvalidRequest("a parameter is not valid", errors=errors))
 
 

@@ -51,6 +51,16 @@ _REVIEW = {
     "expires_at": "2026-11-03T09:30:02.400Z",
     "on_expiry": "end",
 }
+_WEBHOOK = {
+    "id": "0192f3a1-52cd-7e8f-8a1b-2c3d4e5f6a7b",
+    "url": "https://shop.example.com/hooks/agents",
+    "events": ["run.waiting", "run.succeeded", "run.failed", "run.cancelled"],
+    "created_at": "2026-11-02T09:00:00.000Z",
+    "created_by": "key:3f9a1c0b7d2e",
+    "failing_since": None,
+    "disabled_at": None,
+    "disabled_why": None,
+}
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "SubmitRun": {
@@ -126,6 +136,27 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "worker": None,
     },
     "DecideReview": {"decision": "reject", "args_hash": _ARGS_HASH, "reason": "The parcel was delivered."},
+    "CreateWebhook": {"url": "https://shop.example.com/hooks/agents", "events": ["run.succeeded", "run.failed"]},
+    "Webhook": _WEBHOOK,
+    "CreatedWebhook": {**_WEBHOOK, "secret": f"whsec_{'A' * 43}="},
+    "Delivery": {
+        "id": "5b0c7c1e-9f4d-4a53-8a9c-7d1f0e2b3c4d",
+        "webhook_id": _WEBHOOK["id"],
+        "run_id": _RUN_ID,
+        "event": "run.succeeded",
+        "status": "pending",
+        "attempts": 1,
+        "last_status": 503,
+        "last_error": "bad_status",
+        "next_attempt_at": "2026-11-02T09:30:08.802Z",
+        "created_at": "2026-11-02T09:30:03.402Z",
+        "ended_at": None,
+    },
+    "WebhookMessage": {
+        "type": "run.succeeded",
+        "timestamp": "2026-11-02T09:30:03.402517Z",
+        "data": {"run_id": _RUN_ID, "agent": "support", "status": "succeeded", "stop_reason": "final_answer"},
+    },
     "Agent": {
         "name": "support",
         "version": "1",

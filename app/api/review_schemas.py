@@ -1,7 +1,7 @@
 """The shapes of reviews and decisions."""
 
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
@@ -12,11 +12,37 @@ from app.domain.review import Decision, ReviewKind, ReviewQueue, ReviewStatus
 from app.domain.review import Review as DomainReview
 from app.domain.run import StopReason
 
+_NEEDED = {"edit": "arguments", "respond": "response"}
+"""What goes with a decision, and only with it."""
+
+
+def _for_each_decision(schema: dict[str, Any]) -> None:
+    """Says, for each decision, which fields go with it."""
+    properties, required = schema.pop("properties"), schema.pop("required")
+    shape = {key: schema.pop(key) for key in ("type", "additionalProperties")}
+    schema["oneOf"] = []
+    for decision in properties["decision"]["enum"]:
+        fields = {**properties, "decision": {"const": decision, "description": properties["decision"]["description"]}}
+        for owner, name in _NEEDED.items():
+            kinds = properties[name]["anyOf"]
+            fields[name] = {
+                **properties[name],
+                "anyOf": [kind for kind in kinds if _is_null(kind) == (owner != decision)],
+            }
+        if decision != "reject":
+            fields["end_run"] = {**properties["end_run"], "const": False}
+        needed = [*required, _NEEDED[decision]] if decision in _NEEDED else required
+        schema["oneOf"].append({"title": f"To {decision}", **shape, "properties": fields, "required": needed})
+
+
+def _is_null(schema: dict[str, Any]) -> bool:
+    return schema.get("type") == "null"
+
 
 class DecideReview(BaseModel):
     """A person's decision. GET /v1/reviews/{review_id} says which are possible, and what each will do."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra=_for_each_decision)
 
     decision: Literal["approve", "edit", "reject", "respond"] = Field(
         description="Do what is proposed; do it with other `arguments`; do not do it; or answer with `response`."

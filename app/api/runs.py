@@ -109,9 +109,9 @@ async def list_runs(
 ) -> schemas.RunList:
     where = runs.RunFilter(status=query.status, agent=query.agent, before=query.cursor)
     async with services.engine.connect() as connection:
-        found = await runs.list_newest(connection, caller.tenant, where, limit=query.limit + 1)
-    page, next_cursor = cut(found, query.limit, lambda run: id_cursor(run.id))
+        page, has_more = await runs.list_newest(connection, caller.tenant, where, limit=query.limit)
     await note_read(request, services, caller, [run.id for run in page], "runs")
+    next_cursor = id_cursor(page[-1].id) if has_more else None
     return schemas.RunList(data=[schemas.Run.of(run) for run in page], next_cursor=next_cursor)
 
 

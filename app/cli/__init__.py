@@ -1,6 +1,7 @@
 """The command line: `agent-service`.
 
-One file a group of commands: stack (`dev`, `demo`), service (`migrate`, `api`, `worker`), keys, reviews, audit.
+One file a group of commands: stack (`dev`, `demo`), service (`migrate`, `api`, `worker`), keys, budgets, reviews,
+audit.
 
 Exit codes: 0 done, 1 it did not work, 2 wrong usage or a wrong setting. Commands import what they need when they run.
 """
@@ -11,6 +12,7 @@ import click
 
 from app import __version__
 from app.cli.audit import audit
+from app.cli.budgets import budgets
 from app.cli.keys import keys
 from app.cli.reviews import reviews
 from app.cli.service import api, migrate, worker
@@ -35,5 +37,5 @@ def cli() -> None:
     """Run model-and-tool agents: an API that takes runs, workers that execute them."""
 
 
-for command in (dev, demo, migrate, api, worker, keys, reviews, audit):
+for command in (dev, demo, migrate, api, worker, keys, budgets, reviews, audit):
     cli.add_command(command)

@@ -34,11 +34,11 @@ def api() -> None:
         from app.logging import configure_logging
 
         settings = load_settings()
-        configure_logging(settings.log_level)
+        configure_logging(settings.log_level, secrets=settings.secrets)
 
         import uvicorn
 
-        from app.api.protocol import ProblemProtocol
+        from app.api.protocol import ProblemProtocol, most_connections
         from app.main import create_app
 
         config = uvicorn.Config(
@@ -47,6 +47,8 @@ def api() -> None:
             port=settings.api_port,
             loop="uvloop",
             http=ProblemProtocol,
+            ws="none",
+            limit_concurrency=most_connections(),
             log_config=None,
             access_log=False,
             server_header=False,

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 import app.main  # noqa: F401 - brings in every error
-from app.api import review_schemas, schemas
+from app.api import review_schemas, schemas, webhook_schemas
 from app.api.errors import PROBLEM_JSON
 from app.api.examples import EXAMPLES
 from app.domain.errors import RequestError
@@ -56,10 +56,18 @@ def test_every_operation_is_described(document: Json) -> None:
         ("get", "/v1/reviews"),
         ("get", "/v1/reviews/{review_id}"),
         ("post", "/v1/reviews/{review_id}/decision"),
+        ("post", "/v1/webhooks"),
+        ("get", "/v1/webhooks"),
+        ("get", "/v1/webhooks/{webhook_id}"),
+        ("delete", "/v1/webhooks/{webhook_id}"),
+        ("get", "/v1/webhooks/{webhook_id}/deliveries"),
+        ("post", "/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver"),
+        ("get", "/v1/runs/{run_id}/deliveries"),
         ("get", "/health"),
         ("get", "/health/live"),
         ("get", "/health/ready"),
         ("get", "/version"),
+        ("get", "/metrics"),
     }
     ids = [operation["operationId"] for _, _, operation in found]
     assert len(set(ids)) == len(ids)
@@ -89,8 +97,10 @@ def test_every_error_is_a_problem(document: Json) -> None:
                 schema = response["content"][PROBLEM_JSON]["schema"]
                 assert schema == {"$ref": "#/components/schemas/Problem"}, (method, path, status)
                 assert list(response["content"]) == [PROBLEM_JSON]
-            else:
-                assert response["content"]["application/json"]["schema"]
+            elif int(status) != 204:
+                ((media_type, content),) = response["content"].items()
+                assert media_type == ("text/plain" if path == "/metrics" else "application/json")
+                assert content["schema"]
 
 
 def test_every_reference_leads_somewhere(document: Json) -> None:
@@ -104,10 +114,17 @@ def test_every_shape_has_an_example_that_fits_it(document: Json) -> None:
     shapes = document["components"]["schemas"]
     for name in EXAMPLES:
         (example,) = shapes[name]["examples"]
-        model = getattr(schemas, name, None) or getattr(review_schemas, name)
+        [model] = {vars(module)[name] for module in (schemas, review_schemas, webhook_schemas) if name in vars(module)}
         fitting = model.model_validate_json(json.dumps(example)).model_dump(mode="json", exclude_unset=True)
         assert set(example) == set(fitting), name
         assert set(shapes[name].get("required", [])) <= set(example), name
+
+
+def test_what_webhooks_are_told_is_described(document: Json) -> None:
+    for event, methods in document["webhooks"].items():
+        schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert schema == {"$ref": "#/components/schemas/WebhookMessage"}, event
+    assert set(document["webhooks"]) == set(document["components"]["schemas"]["WebhookEvent"]["enum"])
 
 
 def test_the_example_of_a_submission_is_accepted(client: httpx.Client) -> None:

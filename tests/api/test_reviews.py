@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from app.devstack.access import make_key
+from app.devstack.access import id_of, make_key, replace_key
 from app.domain.agent import OnExpiry
 from app.domain.principal import Scope
 from app.domain.review import ReviewKind
@@ -460,6 +460,35 @@ def test_whoever_submitted_a_run_does_not_decide_about_it_where_four_eyes_are_de
                 refused(decide(caller, review, decision), 403, "four-eyes")
     assert "review.decided" not in audit_of(client, {"id": str(run_id)})
     assert decide(client, review, "approve").status_code == 200
+
+
+@pytest.mark.parametrize("part", ["submitter", "editor"])
+def test_a_new_key_does_not_make_somebody_else_of_its_holder(
+    stack: Stack, client: httpx.Client, tenant: str, part: str
+) -> None:
+    old = make_key(stack.database_url, tenant=tenant, name=part)
+    new = replace_key(stack.database_url, old)
+    newest = replace_key(stack.database_url, new)
+    for used in (old, new, newest):
+        mine = {"submitter": id_of(used)} if part == "submitter" else {}
+        asked = request(editor=f"key:{id_of(used)}" if part == "editor" else None)
+        run_id = put_to_wait(stack.database_url, asked, its=rules(four_eyes=True), tenant=tenant, **mine)
+        review = shown(client, run_id)
+        for key in (old, new, newest):
+            with client_of(stack.api, key) as holder:
+                answer = refused(decide(holder, review, "approve"), 403, "four-eyes")
+                assert answer["detail"].startswith("whoever holds this key submitted the run or edited the call")
+        assert decide(client, review, "approve").status_code == 200
+
+
+def test_where_four_eyes_are_not_demanded_a_holder_decides_with_either_key(
+    stack: Stack, client: httpx.Client, tenant: str
+) -> None:
+    old = make_key(stack.database_url, tenant=tenant, name="submitter")
+    for key in (old, replace_key(stack.database_url, old)):
+        review = shown(client, put_to_wait(stack.database_url, submitter=id_of(old), tenant=tenant))
+        with client_of(stack.api, key) as holder:
+            assert decide(holder, review, "approve").status_code == 200
 
 
 def test_each_queue_is_decided_with_a_scope_of_its_own(stack: Stack, client: httpx.Client, tenant: str) -> None:

@@ -24,6 +24,8 @@ import psycopg
 from app.db.migrate import upgrade
 from app.devstack.processes import Process, Reaper
 from app.devstack.stack import ROOT, Api, Stack
+from tests.bench.admission import measure_admission
+from tests.bench.budget import measure_budget
 from tests.bench.client import Client, quantile
 from tests.bench.crash import measure_crash
 from tests.bench.people import measure_people
@@ -38,6 +40,7 @@ FULL = 100_000
 PARTS = [
     "start",
     "idle",
+    "admission",
     "scenario",
     "workers",
     "waiting",
@@ -47,6 +50,7 @@ PARTS = [
     "sealing",
     "verifying",
     "crash",
+    "budget",
 ]
 FORBIDDEN = ("openai", "langfuse", "opentelemetry")
 
@@ -78,6 +82,8 @@ def main() -> None:
             measure_start(table, stack)
         if "idle" in parts:
             asyncio.run(measure_idle(table, stack, key))
+        if "admission" in parts:
+            table.rows(asyncio.run(measure_admission(stack, reaper)))
         if "scenario" in parts:
             table.rows(asyncio.run(measure_scenario(stack, key, options.rounds)))
         if "workers" in parts:
@@ -90,10 +96,9 @@ def main() -> None:
             table.rows(measure_sweeper(stack))
         if "people" in parts:
             table.rows(asyncio.run(measure_people(stack, key)))
-        if "sealing" in parts:
-            table.rows(measure_sealing(stack))
-        if "verifying" in parts:
-            table.rows(measure_verifying(stack))
+        on_the_database = {"sealing": measure_sealing, "verifying": measure_verifying, "budget": measure_budget}
+        for part in [part for part in parts if part in on_the_database]:
+            table.rows(on_the_database[part](stack))
         if "crash" in parts:
             table.rows(asyncio.run(measure_crash(stack, key)))
 
@@ -116,6 +121,7 @@ def a_stack() -> Iterator[tuple[Stack, Reaper]]:
 
 def make_key(env: dict[str, str]) -> str:
     command = [sys.executable, "-m", "app", "keys", "create", "--tenant", "bench", "--name", "bench"]
+    command += ["--rate", "10000", "--burst", "100000", "--max-in-flight", "1000000"]
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split()[-1]
 
 

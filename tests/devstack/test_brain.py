@@ -10,6 +10,7 @@ from app.agents.support import Answer, agent
 from app.agents.support.search import load_articles
 from app.devstack import brain
 from app.devstack.wire import ChatRequest
+from app.domain.data import as_data
 from app.domain.errors import ToolError
 from app.domain.tool import ToolContext
 
@@ -34,7 +35,7 @@ class Talk:
     def __init__(self, *, finds: list[str], reviewer: Callable[[str], str] | None = None) -> None:
         self.calls: list[list[tuple[str, dict[str, Any]]]] = []
         self._reviewer = reviewer or (lambda result: result)
-        self._messages: list[dict[str, Any]] = [{"role": "system", "content": agent.instructions}]
+        self._messages: list[dict[str, Any]] = [{"role": "system", "content": agent.render_instructions("")}]
         found = [load_articles()[article] for article in finds]
         hits = [{"id": article.id, "title": article.title, "text": article.body} for article in found]
         self._tools: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -73,10 +74,10 @@ class Talk:
 
     def _call(self, name: str, arguments: dict[str, Any]) -> str:
         try:
-            result = json.dumps(self._tools[name](arguments))
+            result = as_data(name, json.dumps(self._tools[name](arguments)))
             return self._reviewer(result) if name == "refund" else result
         except ToolError as error:
-            return str(error)
+            return as_data(name, str(error))
 
     @staticmethod
     def _refund(arguments: dict[str, Any]) -> object:
@@ -133,7 +134,7 @@ def test_a_refund_that_a_person_rejected_is_said_to_be_so_and_not_asked_for_agai
 
 def test_a_refund_whose_amount_a_person_changed_is_told_as_it_was_made() -> None:
     changed = '{"reference":"RF-1","order_id":"A-1001","amount":"20.00","currency":"EUR"}'
-    talk = Talk(finds=[], reviewer=lambda _: f"A person changed the arguments of this call.\n{changed}")
+    talk = Talk(finds=[], reviewer=lambda _: "A person changed the arguments.\n" + as_data("refund", changed))
     answer = talk.say("My teapot from order A-1001 arrived broken. I want a refund.")
     assert "I have refunded 20.00 EUR; the reference is RF-1." in answer.answer
 

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from app.devstack.access import make_key
+from app.domain.data import as_data
 from tests.api.conftest import client_of
 from tests.scripts import DONE, Reply, Run, Script, audit_of, call, calls, rest, say, steps_of, submit
 from tests.stack import Stack
@@ -91,11 +92,11 @@ def test_free_calls_are_made_while_others_wait_and_the_model_sees_all_results_in
     run = play.then()
     assert run["status"] == "succeeded"
     assert play.results() == [
-        "told everybody: one",
-        "two",
-        f"refunded 60 for 3 as {run['id']}:3",
+        as_data("announce", "told everybody: one"),
+        as_data("echo", "two"),
+        as_data("refund", f"refunded 60 for 3 as {run['id']}:3"),
         "yes, four",
-        f"charged 5 as {run['id']}:5",
+        as_data("charge", f"charged 5 as {run['id']}:5"),
         "A person rejected this call: not that one",
     ]
     sent = play.script.requests()[-1]["messages"]
@@ -129,8 +130,9 @@ def test_an_edited_call_is_made_as_it_was_edited_and_the_model_is_told(begin: Be
     assert run["status"] == "succeeded"
     assert play.results() == [
         'A person changed the arguments of this call to {"amount":"50","order":"A"}.\n'
-        f"refunded 50 for A as {run['id']}:1"
+        + as_data("refund", f"refunded 50 for A as {run['id']}:1")
     ]
+    assert steps_of(play.client, run)[1]["result"] == f"refunded 50 for A as {run['id']}:1"
     assert steps_of(play.client, run)[1]["arguments"] == {"order": "A", "amount": "50"}
 
 
@@ -138,9 +140,9 @@ def test_an_edited_call_of_a_tool_that_wants_every_call_approved_is_asked_about_
     play = begin("clerk", call("announce", {"text": "hi"}), DONE)
     play.decide("edit", arguments={"text": "hello"})
     assert play.then()["status"] == "succeeded"
-    first, second = play.results()[0].split("\n")
+    first, second = play.results()[0].split("\n", 1)
     assert first == 'A person changed the arguments of this call to {"text":"hello"}.'
-    assert second == "told everybody: hello"
+    assert second == as_data("announce", "told everybody: hello")
 
 
 def test_a_long_result_of_an_edited_call_still_begins_with_what_was_changed(begin: Begin) -> None:
@@ -148,7 +150,8 @@ def test_a_long_result_of_an_edited_call_still_begins_with_what_was_changed(begi
     play.decide("edit", arguments={"text": "hello"})
     play.then()
     assert play.results() == [
-        'A person changed the arguments of this call to {"text":"hello"}.\nhellohello\n[cut: 500 characters in all]'
+        'A person changed the arguments of this call to {"text":"hello"}.\n'
+        + as_data("announce_at_length", "hellohello\n[cut: 500 characters in all]")
     ]
 
 
@@ -167,7 +170,7 @@ def test_an_edit_that_needs_approval_is_asked_about_again(begin: Begin) -> None:
     assert play.review()["arguments"] == {"order": "A", "amount": "80"}
     play.decide("approve")
     assert play.then()["status"] == "succeeded"
-    first_line, result = play.results()[0].split("\n")
+    first_line, _, result = play.results()[0].split("\n")[:3]
     assert '"amount":"80"' in first_line
     assert result.startswith("refunded 80 for A")
     assert audit_of(play.client, play.run).count("review.decided") == 3
@@ -265,7 +268,11 @@ def test_a_call_that_nobody_decides_is_not_made_and_the_model_is_told(stack: Sta
     wanted = calls(("open_the_door", {}), ("ask_human", {"question": "Who is there?"}), ("echo", {"text": "me"}))
     play = begin("unanswered", wanted, DONE)
     assert _ended(stack, play)["status"] == "succeeded"
-    assert play.results() == ["Not called: nobody approved this call in time.", "Nobody answered in time.", "me"]
+    assert play.results() == [
+        "Not called: nobody approved this call in time.",
+        "Nobody answered in time.",
+        as_data("echo", "me"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +377,7 @@ def test_a_deadline_waits_for_a_person_and_what_was_going_on_is_done_after_it(be
     assert review["why"].startswith("The run has reached deadline_s: 0.8 of 0.8 seconds of running time")
     play.decide("edit", arguments={"deadline_s": 20})
     assert play.then()["status"] == "succeeded"
-    assert play.results() == ["rested"]
+    assert play.results() == [as_data("rest", "rested")]
 
 
 def test_a_limit_that_is_reached_again_is_asked_about_again(begin: Begin) -> None:
@@ -394,7 +401,7 @@ def test_calls_that_a_limit_held_back_are_made_when_it_is_raised(begin: Begin) -
     assert play.review()["kind"] == "approval"
     play.decide("approve")
     run = play.then()
-    assert play.results() == [f"charged 5 as {run['id']}:1", "open"]
+    assert play.results() == [as_data("charge", f"charged 5 as {run['id']}:1"), as_data("open_the_door", "open")]
 
 
 def test_a_call_that_a_deadline_interrupts_stays_in_doubt_however_often(begin: Begin) -> None:

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from app.devstack.access import make_key
+from app.domain.data import as_data
 from tests.scripts import DONE, Run, Script, audit_of, call, calls, rest, say, steps_of, submit
 from tests.stack import Stack
 
@@ -45,19 +46,24 @@ def test_several_calls_of_one_reply_are_made_together_and_answered_in_order(stac
     run, script = play(stack, client, [wanted, DONE])
     assert time.monotonic() - began < 2.8
     assert run["status"] == "succeeded"
-    assert results_seen_by_the_model(script) == ["rested", '{"sum":2}', "rested", "nul \ufffd and surrogate \ufffd"]
+    assert results_seen_by_the_model(script) == [
+        as_data("rest", "rested"),
+        as_data("add", '{"sum":2}'),
+        as_data("rest", "rested"),
+        as_data("odd_text", "nul \ufffd and surrogate \ufffd"),
+    ]
     assert [step["seq"] for step in steps_of(client, run)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_tool_knows_its_run(stack: Stack, client: httpx.Client, tenant: str) -> None:
-    run, script = play(stack, client, [call("who_am_i"), DONE])
-    assert json.loads(results_seen_by_the_model(script)[0]) == {"tenant": tenant, "attempt": 1, "run_id": run["id"]}
+    run, _ = play(stack, client, [call("who_am_i"), DONE])
+    assert json.loads(steps_of(client, run)[1]["result"]) == {"tenant": tenant, "attempt": 1, "run_id": run["id"]}
 
 
 def test_a_tool_that_says_no_is_heard_by_the_model(stack: Stack, client: httpx.Client) -> None:
     run, script = play(stack, client, [call("refuse", {"why": "sold out"}), DONE])
     assert run["status"] == "succeeded"
-    assert results_seen_by_the_model(script) == ["sold out"]
+    assert results_seen_by_the_model(script) == [as_data("refuse", "sold out")]
     assert steps_of(client, run)[1]["state"] == "failed"
 
 
@@ -80,9 +86,9 @@ def test_a_tool_that_breaks_tells_the_model_that_much_and_no_more(
 
 
 def test_a_result_without_a_json_form_gets_one(stack: Stack, client: httpx.Client) -> None:
-    run, script = play(stack, client, [call("bytes_and_worse"), DONE])
+    run, _ = play(stack, client, [call("bytes_and_worse"), DONE])
     assert run["status"] == "succeeded"
-    assert json.loads(results_seen_by_the_model(script)[0]) == {"bytes": "_w==", "surrogate": "\ufffd", "nan": None}
+    assert json.loads(steps_of(client, run)[1]["result"]) == {"bytes": "_w==", "surrogate": "\ufffd", "nan": None}
 
 
 def test_an_unsafe_call_is_audited_before_and_after(stack: Stack, client: httpx.Client) -> None:
@@ -245,7 +251,7 @@ def test_an_approved_call_is_made_and_the_run_goes_on(stack: Stack, client: http
     assert decide(client, run, "approve").status_code == 200
     ended = rest(client, run)
     assert ended["status"] == "succeeded"
-    assert results_seen_by_the_model(script) == ["open"]
+    assert results_seen_by_the_model(script) == [as_data("open_the_door", "open")]
     assert ended["attempt"] == 2
 
 
@@ -262,7 +268,7 @@ def test_free_calls_are_made_while_others_wait_for_approval(stack: Stack, client
     assert [step["result"] for step in steps_of(client, run) if step["kind"] == "tool"] == ["paid 1"]
     decide(client, run, "approve")
     assert rest(client, run)["status"] == "succeeded"
-    assert results_seen_by_the_model(script) == ["paid 99", "paid 1"]
+    assert results_seen_by_the_model(script) == [as_data("pay", "paid 99"), as_data("pay", "paid 1")]
 
 
 def test_a_call_with_an_unknown_outcome_is_not_repeated_and_a_person_says_what_happened(

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from app.domain.run import StopReason
-from tests.scripts import DONE, Run, Script, audit_of, call, rest, say, submit
+from tests.scripts import DONE, Run, Script, audit_of, call, rest, say, steps_of, submit
+from tests.spending import give_budget, rows
 from tests.stack import Stack
 
 Ending = Callable[[Stack, httpx.Client], Run]
@@ -72,6 +73,20 @@ def _(stack: Stack, client: httpx.Client) -> Run:
     run = play(stack, client, "toolbox", replies, limits={"max_cost_usd": 0.025})
     assert run["usage"]["model_calls"] == 1
     assert run["usage"]["cost_usd"] == 0.01
+    return run
+
+
+@ends_with(StopReason.BUDGET)
+def _(stack: Stack, client: httpx.Client) -> Run:
+    usage = {"prompt_tokens": 40_000, "completion_tokens": 0}
+    script = Script(stack.model_url, [call("rest", {"seconds": 1}, usage=usage), DONE])
+    run = submit(client, "toolbox", script.input)
+    [found] = rows(stack.database_url, "SELECT tenant FROM runs WHERE id = %s", run["id"])
+    stack.until(lambda: len(steps_of(client, run)) == 1)
+    give_budget(stack.database_url, found["tenant"], "0.005")
+    run = rest(client, run)
+    assert run["usage"]["model_calls"] == 1
+    assert "the budget is renewed at midnight UTC" in run["error"]
     return run
 
 
