@@ -255,6 +255,8 @@ def test_no_secret_is_seen_anywhere(service: CanaryStack) -> None:
         blurted = rest(client, submit(client, "indiscreet", "go on"))
         assert blurted["status"] == "succeeded"
         ids["run_id"] = rude["id"]
+        bug = client.post("/v1/runs", json={"agent": "outspoken", "input": {"text": "go on"}})
+        assert bug.status_code == 500
 
         # Servers that die in between.
         service.valkey.kill()
@@ -283,6 +285,7 @@ def test_no_secret_is_seen_anywhere(service: CanaryStack) -> None:
     wheres = " ".join(where for where, _ in found.texts)
     for expected in ("log of api", "log of worker", "table runs", "Redis b'rq:", "GET /metrics", "cmdline of api"):
         assert expected in wheres
+    assert "unexpected error" in service.api.log.read_text()
     assert "tool crashed" in service.worker.log.read_text()
     assert "Incorrect API key provided" in service.worker.log.read_text()
     assert found.leaks(canaries) == []

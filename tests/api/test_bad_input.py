@@ -85,6 +85,11 @@ BAD_RUNS = {
         "invalid-request",
         ["#/input/urgent"],
     ),
+    "typed input that only looks right": (
+        run_with(agent="typed", input={"subject": "x", "urgent": 0}),
+        "invalid-request",
+        ["#/input/urgent"],
+    ),
     "typed input with an unknown field": (
         run_with(agent="typed", input={"subject": "x", "colour": 1}),
         "invalid-request",
@@ -164,6 +169,19 @@ def test_the_deepest_body_that_is_allowed_is_validated(client: httpx.Client) -> 
 def test_a_surrogate_pair_is_a_character_like_others(client: httpx.Client) -> None:
     response = client.post("/v1/runs", content=b'{"agent":"toolbox","input":"\\ud83d\\ude00"}', headers=JSON)
     assert response.json()["input"] == "\N{GRINNING FACE}"
+
+
+def test_1_0_is_an_integer_and_what_a_float_cannot_hold_exactly_is_none(client: httpx.Client) -> None:
+    run = {"agent": "toolbox", "input": "x"}
+    for number in ("6.0", "6e0", "60.0e-1"):
+        body = json.dumps({**run, "limits": {"max_steps": 0}}).replace("0}", f"{number}}}")
+        response = client.post("/v1/runs", content=body, headers=JSON)
+        assert response.status_code == 202, response.text
+        assert response.json()["limits"]["max_steps"] == 6
+    for number in ("6.5", "1e300"):
+        body = json.dumps({**run, "limits": {"max_steps": 0}}).replace("0}", f"{number}}}")
+        answer = expect(client.post("/v1/runs", content=body, headers=JSON), 422, "invalid-request")
+        assert pointers(answer) == ["#/limits/max_steps"]
 
 
 def test_an_answer_names_a_few_wrong_places_not_a_million(client: httpx.Client) -> None:

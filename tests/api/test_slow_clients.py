@@ -1,19 +1,20 @@
 """A client that is slow, or many that do nothing, take nothing from the others."""
 
+import asyncio
 import json
 import resource
 import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.api.middleware import BODY_SECONDS
@@ -36,14 +37,27 @@ LARGE = 30_000_000
 class Hasty(ProblemProtocol):
     head_seconds = 0.5
     linger_seconds = 0.5
-    read_seconds = 1.0
+    read_seconds = 2.0
     read_bytes_per_second = 1e9
 
 
 async def _app(scope: Scope, receive: Receive, send: Send) -> None:
-    large = scope["path"] == "/large"
-    answer: Response = PlainTextResponse(b"x" * LARGE if large else b"fine")
+    match scope["path"]:
+        case "/large":
+            answer: Response = PlainTextResponse(b"x" * LARGE)
+        case "/parts":
+            answer = StreamingResponse(_parts())
+        case "/later":
+            await asyncio.sleep(1.5 * IDLE_SECONDS)
+            answer = PlainTextResponse(b"fine")
+        case _:
+            answer = PlainTextResponse(b"fine")
     await answer(scope, receive, send)
+
+
+async def _parts() -> AsyncIterator[bytes]:
+    for _ in range(100):
+        yield b"x" * (LARGE // 100)
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +148,31 @@ def test_a_body_that_comes_soon_after_the_answer_keeps_the_connection(port: int)
             connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nx")
             assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
             connection.sendall(b"x")
+            time.sleep(Hasty.linger_seconds + 0.2)
 
 
-def test_a_client_that_does_not_read_is_given_up(port: int) -> None:
+@pytest.mark.parametrize("path", ["/large", "/parts"])
+def test_a_client_that_does_not_read_is_given_up(port: int, path: str) -> None:
     with dial(port) as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-        time.sleep(2)
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        time.sleep(3)
         assert len(read_all(connection)) < LARGE
 
 
-def test_a_client_that_reads_is_given_everything(port: int) -> None:
+@pytest.mark.parametrize("path", ["/large", "/parts"])
+def test_a_client_that_reads_is_given_everything(port: int, path: str) -> None:
+    """Although it takes longer for that than an idle connection would stay open."""
     with dial(port) as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        time.sleep(1.5 * IDLE_SECONDS)
         assert len(read_all(connection)) > LARGE
+
+
+def test_a_request_may_take_longer_than_a_pause(port: int) -> None:
+    with dial(port) as connection:
+        for path in (b"/", b"/later", b"/later"):
+            connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(65_536).endswith(b"fine")
 
 
 def test_what_a_client_has_ended_is_ended(port: int) -> None:
@@ -238,11 +264,12 @@ MOST = FILES - 64
 
 
 class NarrowApi(Api):
-    """An API that may have few files open."""
+    """An API that may have few files open, and fewer unless it asks."""
 
     @property
     def command(self) -> list[str]:
-        return ["sh", "-c", f'ulimit -n {FILES}; exec "$@"', "api", *super().command]
+        limits = f"ulimit -S -n {FILES // 2}; ulimit -H -n {FILES}"
+        return ["sh", "-c", f'{limits}; exec "$@"', "api", *super().command]
 
 
 @pytest.fixture
