@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import selectors
 import socket
 import statistics
 import threading
@@ -300,6 +301,11 @@ def test_where_every_connection_has_a_request_one_more_is_told_to_come_back(narr
         for connection in polls:
             connection.sendall(poll)
         time.sleep(1.5)
+        readable = selectors.DefaultSelector()
+        for connection in polls:
+            readable.register(connection, selectors.EVENT_READ)
+        assert readable.select(0) == [], "one of those that have room was answered"
+        readable.close()
         for _ in range(3):
             with client_of(narrow, own_key) as client:
                 response = client.get("/v1/agents")
