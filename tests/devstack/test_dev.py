@@ -36,6 +36,8 @@ class Dev:
         self.project = project
         self.port = free_port()
         self._output = project / f"output-{self.port}"
+        # Where the tests run in the background, Ctrl-C is ignored, and what they start would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "app", "dev"],
