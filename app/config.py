@@ -90,10 +90,27 @@ class Settings(AuditSettings):
     openai_base_url: str | None = Field(None, description="Any OpenAI-compatible address; empty means OpenAI itself.")
     model: str | None = Field(None, description="Asked instead of every agent's own model.")
 
-    langfuse_public_key: str | None = Field(None, description="Langfuse project key; unset means no tracing.")
+    langfuse_public_key: str | None = Field(None, description="Langfuse project key; unset: no traces to Langfuse.")
     langfuse_secret_key: SecretStr | None = Field(None, description="Langfuse secret key.")
     langfuse_host: str = Field("https://cloud.langfuse.com", description="Langfuse server.")
-    otlp_endpoints: str = Field("", description="Further OTLP receivers of traces.")
+    phoenix_collector_endpoint: str | None = Field(None, description="Phoenix server; unset: no traces to Phoenix.")
+    phoenix_api_key: SecretStr | None = Field(None, description="Phoenix API key, where it wants one.")
+    langsmith_api_key: SecretStr | None = Field(None, description="LangSmith API key; unset: no traces to LangSmith.")
+    langsmith_endpoint: str = Field("https://api.smith.langchain.com", description="LangSmith server.")
+    langsmith_project: str = Field("agent-service", description="LangSmith project.")
+    dd_api_key: SecretStr | None = Field(None, description="Datadog API key; unset: no traces to Datadog.")
+    dd_site: str = Field("datadoghq.com", description="Datadog site.")
+    dd_otlp_endpoint: str | None = Field(None, description="Datadog's receiver of OTLP traces; unset: the site's.")
+    otlp_endpoints: SecretStr | None = Field(
+        None, description="Further OTLP receivers of traces: 'https://host/v1/traces name=value …; https://other/…'."
+    )
+    trace_urls: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where people find a trace, by back end: addresses with {trace_id} or {run_id}.",
+    )
+    redact_patterns: tuple[str, ...] = Field(
+        (), description="Regular expressions (a JSON list) of what traces and logs must not show."
+    )
 
     environment: Literal["development", "staging", "production"] = Field(
         "development", description="Shown in traces and by /version."

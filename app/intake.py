@@ -51,6 +51,8 @@ class Submission:
     priority: Priority
     idempotency_key: str | None
     request_id: str
+    traceparent: str | None = None
+    """W3C Trace Context of the caller: the run's trace is linked to it."""
 
     @property
     def hash(self) -> bytes:
@@ -199,6 +201,7 @@ class Intake:
             idempotency_key=submission.idempotency_key,
             request_hash=submission.hash,
             request_id=submission.request_id,
+            traceparent=submission.traceparent,
         )
 
     def _check_prices(self, agent: Agent, limits: Limits) -> None:

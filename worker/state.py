@@ -76,7 +76,7 @@ class RunState:
 
     def time_left(self) -> float:
         """Seconds of running time until the deadline."""
-        earlier = self.run.active_ms / 1000
+        earlier = self.run.time.active_ms / 1000
         return self.run.limits.deadline_s - earlier - (time.monotonic() - self.started_at)
 
     def most_repeats(self) -> int:

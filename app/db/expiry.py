@@ -51,7 +51,8 @@ _ESCALATE = text("""
 """)
 
 _END = text("""
-    UPDATE runs SET status = 'failed', stop_reason = 'review_expired', ended_at = now() WHERE id = ANY(:runs)
+    UPDATE runs SET status = 'failed', stop_reason = 'review_expired', ended_at = now(), unreported = true
+    WHERE id = ANY(:runs)
 """)
 
 _VOID = text("UPDATE reviews SET status = 'void' WHERE run_id = ANY(:runs) AND status = 'pending'")

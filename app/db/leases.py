@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.elements import TextClause
 
 from app.db.audit import audit_parameters
-from app.db.fetch import fetch, fetch_one
+from app.db.fetch import Row, fetch, fetch_one
 from app.db.runs import COLUMNS, run_of
 from app.db.steps import step_parameters
 from app.domain.agent import ReviewRules
@@ -23,8 +23,8 @@ from app.domain.audit import AuditEntry, AuditKind
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
 from app.domain.review import ReviewRequest
-from app.domain.run import Claim, RunStatus, RunUsage, StopReason
-from app.domain.step import Step
+from app.domain.run import Claim, Run, RunStatus, RunUsage, StopReason
+from app.domain.step import ModelStep, Step, ToolStep
 
 _HELD = "id = :id AND status = 'running' AND lease_token = :token"
 _LET_GO = """
@@ -103,6 +103,7 @@ _RECORD = text(f"""
         SET model_calls = model_calls + :model_calls, input_tokens = input_tokens + :input_tokens,
             cached_tokens = cached_tokens + :cached_tokens, output_tokens = output_tokens + :output_tokens,
             cost_usd = cost_usd + CAST(:cost_usd AS numeric),
+            model_ms = model_ms + :model_ms, tools_ms = tools_ms + :tools_ms,
             lease_until = now() + make_interval(secs => :lease_seconds)
         WHERE {_HELD}
         RETURNING id, tenant
@@ -133,7 +134,7 @@ async def record(
 ) -> None:
     """Add steps (a tool step replaces its intent), what they used and their audit, and extend the lease: one commit.
 
-    Raises `LeaseLost`.
+    Tool calls that are recorded together were made together: the longest of them is what they took. Raises `LeaseLost`.
     """
     await _write(
         connection,
@@ -146,6 +147,8 @@ async def record(
             "output_tokens": used.output_tokens,
             "cost_usd": used.cost_usd,
             "lease_seconds": lease_seconds,
+            "model_ms": max((step.duration_ms for step in steps if isinstance(step, ModelStep)), default=0),
+            "tools_ms": max((step.duration_ms for step in steps if isinstance(step, ToolStep)), default=0),
             "steps": step_parameters(steps),
             **audit_parameters(actor, *audit),
         },
@@ -232,11 +235,11 @@ _FINISH = text(f"""
         SET status = :status, stop_reason = :stop_reason, output = CAST(:output AS jsonb), error = :error,
             ended_at = now(), {_LET_GO}
         WHERE {_HELD}
-        RETURNING id, tenant
+        RETURNING {COLUMNS}
     ), doubted AS (
         UPDATE steps SET state = 'in_doubt' FROM held WHERE run_id = held.id AND state = 'intended'
     )
-    SELECT append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
+    SELECT held.*, append_audit(id, tenant, :actor, CAST(:events AS jsonb)) FROM held
 """)  # noqa: S608
 
 
@@ -248,14 +251,14 @@ async def finish(
     actor: str,
     output: JsonValue = None,
     error: str | None = None,
-) -> None:
+) -> Run:
     """running → the terminal state that goes with the reason. An intent without a result is `in_doubt` for ever.
 
-    Raises `LeaseLost`.
+    Returns the run as it ended. Raises `LeaseLost`.
     """
     left: dict[str, JsonValue] = {"output": output, "error": error}
     entry = AuditEntry(_END[reason.status], {"stop_reason": reason}, left)
-    await _write(
+    row = await _write(
         connection,
         _FINISH,
         claim,
@@ -267,6 +270,7 @@ async def finish(
             **audit_parameters(actor, entry),
         },
     )
+    return run_of(row)
 
 
 _END = {
@@ -276,6 +280,8 @@ _END = {
 }
 
 
-async def _write(connection: AsyncConnection, statement: TextClause, claim: Claim, parameters: dict[str, Any]) -> None:
-    if not await fetch(connection, statement, {"id": claim.run.id, "token": claim.token, **parameters}):
+async def _write(connection: AsyncConnection, statement: TextClause, claim: Claim, parameters: dict[str, Any]) -> Row:
+    row = await fetch_one(connection, statement, {"id": claim.run.id, "token": claim.token, **parameters})
+    if row is None:
         raise LeaseLost(f"run {claim.run.id} is not held any more")
+    return row

@@ -24,7 +24,7 @@ _RESCUE = text("""
         UPDATE runs
         SET status = CASE WHEN is_last THEN 'failed' ELSE 'queued' END,
             stop_reason = CASE WHEN is_last THEN 'max_attempts' END,
-            ended_at = CASE WHEN is_last THEN now() END,
+            ended_at = CASE WHEN is_last THEN now() END, unreported = is_last,
             lost_leases = lost_leases + 1, queued_at = now(), needs_enqueue = NOT is_last,
             active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
             lease_token = NULL, lease_until = NULL, running_since = NULL
@@ -62,7 +62,7 @@ _END_OVERDUE = text("""
         SELECT FROM budgets WHERE tenant IN (SELECT tenant FROM overdue) ORDER BY tenant FOR NO KEY UPDATE
     ), ended AS (
         UPDATE runs
-        SET status = 'failed', stop_reason = 'deadline', ended_at = now(),
+        SET status = 'failed', stop_reason = 'deadline', ended_at = now(), unreported = true,
             active_ms = active_ms + extract(epoch FROM least(lease_until, now()) - running_since) * 1000,
             lease_token = NULL, lease_until = NULL, running_since = NULL
         FROM overdue WHERE runs.id = overdue.id

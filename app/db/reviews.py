@@ -212,7 +212,7 @@ async def raise_limit(connection: AsyncConnection, run_id: UUID, limits: Limits)
 _END_WAITING = text("""
     WITH ended AS (
         UPDATE runs SET status = :status, stop_reason = :stop_reason, output = CAST(:output AS jsonb), error = :error,
-                        ended_at = now()
+                        ended_at = now(), unreported = true
         WHERE id = :run_id AND status = 'waiting'
         RETURNING id, tenant
     ), voided AS (

@@ -15,7 +15,7 @@ from app.db.budgets import SPENT_TODAY
 from app.db.fetch import Row, fetch, fetch_one
 from app.domain.agent import Limits
 from app.domain.audit import AuditEntry, AuditKind
-from app.domain.run import NewRun, Priority, Run, RunStatus, RunUsage, StopReason
+from app.domain.run import NewRun, Priority, Run, RunStatus, RunTime, RunUsage, StopReason
 
 PAGE_BYTES = 2_097_152
 """Of inputs and outputs on a page: it ends with the run that goes beyond. A hundred runs can have hundreds of MiB."""
@@ -25,7 +25,8 @@ LOCK_IDLE_SECONDS = 5.0
 COLUMNS = """
     id, tenant, agent, agent_version, input, metadata, limits, priority, status, stop_reason, output, error,
     model_calls, input_tokens, cached_tokens, output_tokens, cost_usd, attempt, active_ms,
-    created_at, started_at, ended_at, erased_at
+    queued_ms, human_ms, model_ms, tools_ms, created_at, queued_at, waiting_since, running_since, started_at, ended_at,
+    erased_at, request_id, traceparent, now() AS read_at
 """
 
 
@@ -52,11 +53,23 @@ def run_of(row: Row) -> Run:
             cost_usd=row["cost_usd"],
         ),
         attempt=row["attempt"],
-        active_ms=row["active_ms"],
+        time=RunTime(
+            queued_ms=row["queued_ms"],
+            human_ms=row["human_ms"],
+            active_ms=row["active_ms"],
+            model_ms=row["model_ms"],
+            tools_ms=row["tools_ms"],
+        ),
         created_at=row["created_at"],
+        queued_at=row["queued_at"],
+        waiting_since=row["waiting_since"],
+        running_since=row["running_since"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],
         erased_at=row["erased_at"],
+        request_id=row["request_id"],
+        traceparent=row["traceparent"],
+        read_at=row["read_at"],
     )
 
 
@@ -85,9 +98,10 @@ _ACCEPT = text(f"""
         ) AS of_the_holder
     ), accepted AS (
         INSERT INTO runs (id, tenant, api_key_id, request_id, agent, agent_version, input, metadata, limits, priority,
-                          idempotency_key, request_hash, status)
+                          idempotency_key, request_hash, traceparent, status)
         SELECT :id, :tenant, :api_key_id, :request_id, :agent, :agent_version, CAST(:input AS jsonb),
-               CAST(:metadata AS jsonb), CAST(:limits AS jsonb), :priority, :idempotency_key, :request_hash, 'queued'
+               CAST(:metadata AS jsonb), CAST(:limits AS jsonb), :priority, :idempotency_key, :request_hash,
+               :traceparent, 'queued'
         FROM in_flight
         WHERE in_flight.runs < :max_in_flight
           AND NOT EXISTS (
@@ -131,6 +145,7 @@ async def accept(connection: AsyncConnection, new: NewRun, allowance: Allowance)
             "priority": new.priority,
             "idempotency_key": new.idempotency_key,
             "request_hash": new.request_hash,
+            "traceparent": new.traceparent,
             "max_in_flight": allowance.max_in_flight,
             "first_call_usd": allowance.first_call_usd,
             **audit_parameters(f"key:{new.api_key_id}", entry),
@@ -226,7 +241,7 @@ async def list_newest(
 _CANCEL = text(f"""
     WITH cancelled AS (
         UPDATE runs
-        SET status = 'cancelled', stop_reason = 'cancelled', ended_at = now(),
+        SET status = 'cancelled', stop_reason = 'cancelled', ended_at = now(), unreported = true,
             lease_token = NULL, lease_until = NULL, running_since = NULL, needs_enqueue = false,
             active_ms = active_ms + coalesce(extract(epoch FROM now() - running_since) * 1000, 0)
         WHERE id = :id AND tenant = :tenant AND status IN ('queued', 'running', 'waiting')

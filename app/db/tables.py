@@ -103,6 +103,13 @@ runs = Table(
     _time("ended_at"),
     _time("erased_at"),
     Column("reserved_usd", Numeric(14, 8), nullable=False, server_default=text("0")),
+    Column("traceparent", Text),
+    _time("waiting_since"),
+    Column("queued_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("human_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("model_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("tools_ms", BigInteger, nullable=False, server_default=text("0")),
+    Column("unreported", Boolean, nullable=False, server_default=text("false")),
     # A run's id is a UUIDv7, so the order of ids is the order of submission.
     Index("runs_by_tenant", "tenant", "id"),
     Index("runs_by_status", "tenant", "status", "id"),
@@ -117,6 +124,7 @@ runs = Table(
     Index("runs_queued", "id", postgresql_where=text("status = 'queued'")),
     Index("runs_running", "id", postgresql_where=text("status = 'running'")),
     Index("runs_to_enqueue", "id", postgresql_where=text("needs_enqueue")),
+    Index("runs_unreported", "id", postgresql_where=text("unreported")),
     Index("runs_in_flight", "api_key_id", postgresql_where=text("status IN ('queued', 'running')")),
 )
 

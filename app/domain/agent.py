@@ -56,6 +56,17 @@ class OnExpiry(StrEnum):
     """A second queue of reviewers is asked, for as long again; after that the run ends."""
 
 
+class Capture(StrEnum):
+    """What of a run's content (inputs, outputs, arguments, results, instructions) goes into its trace."""
+
+    FULL = "full"
+    """All of it; only the service's own secrets are hidden."""
+    REDACTED = "redacted"
+    """Without secrets, e-mail addresses, card numbers and what `REDACT_PATTERNS` names."""
+    NONE = "none"
+    """None of it: names, numbers, times and states."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReviewRules:
     """What an agent wants of every review: see `Agent`. `expires_s`: seconds that each queue has for its decision."""
@@ -74,7 +85,7 @@ class Agent:
     `instructions`: the system prompt, or a function that makes it from the run's validated input.
     `model_timeout_s`: seconds for one model call. `max_output_tokens`: the most that one reply may hold.
     `review_expires_s`: seconds that a person has for a decision. `four_eyes`: the key that submitted a run never
-    decides about it, and whoever edited a call's arguments not about those.
+    decides about it, and whoever edited a call's arguments not about those. `capture`: see `Capture`.
     """
 
     name: str
@@ -93,12 +104,14 @@ class Agent:
     review_expires_s: float = 24 * 3600.0
     on_review_expiry: OnExpiry = OnExpiry.END
     four_eyes: bool = False
+    capture: Capture = Capture.REDACTED
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", self.name):
             raise ValueError(f"agent name {self.name!r}: use lower-case letters, digits, '-' and '_', at most 64")
         object.__setattr__(self, "on_limit", OnLimit(self.on_limit))
         object.__setattr__(self, "on_review_expiry", OnExpiry(self.on_review_expiry))
+        object.__setattr__(self, "capture", Capture(self.capture))
         names = [tool.name for tool in self.tools]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"agent {self.name!r} lists a tool twice: {', '.join(sorted(repeated))}")

@@ -1,6 +1,6 @@
 """What a run is: its states, why it stops, and which state may follow which."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from enum import IntEnum, StrEnum
@@ -117,11 +117,27 @@ class RunUsage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One row of the table `runs`, as the rest of the service sees it. Times are UTC.
+class RunTime:
+    """Where a run's time went, in milliseconds, up to the last time it changed its state.
 
-    `active_ms` is running time of earlier claims; waiting and queueing are not in it. `erased_at`: when what people and
-    models wrote was erased.
+    `active_ms`: in the hands of workers; `model_ms` and `tools_ms` are parts of it, calls that were made at the same
+    time counted once. `human_ms`: until people had decided.
+    """
+
+    queued_ms: int = 0
+    human_ms: int = 0
+    active_ms: int = 0
+    model_ms: int = 0
+    tools_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One row of the table `runs`, as the rest of the service sees it. Times are UTC, by Postgres' clock.
+
+    `queued_at`, `waiting_since`: when it came into that state last. `running_since`: when the worker that has it took
+    it. `erased_at`: when what people and models wrote was erased. `request_id`, `traceparent`: of the request that
+    submitted it. `read_at`: what time it was for Postgres when this was read.
     """
 
     id: UUID
@@ -138,11 +154,33 @@ class Run:
     error: str | None
     usage: RunUsage
     attempt: int
-    active_ms: int
+    time: RunTime
     created_at: datetime
+    queued_at: datetime
+    waiting_since: datetime | None
+    running_since: datetime | None
     started_at: datetime | None
     ended_at: datetime | None
-    erased_at: datetime | None = None
+    erased_at: datetime | None
+    request_id: str
+    traceparent: str | None
+    read_at: datetime
+
+    def time_now(self) -> RunTime:
+        """Where its time went up to `read_at`: with that in its present state."""
+        match self.status:
+            case RunStatus.QUEUED:
+                return replace(self.time, queued_ms=self.time.queued_ms + _ms(self.queued_at, self.read_at))
+            case RunStatus.WAITING:
+                return replace(self.time, human_ms=self.time.human_ms + _ms(self.waiting_since, self.read_at))
+            case RunStatus.RUNNING:
+                return replace(self.time, active_ms=self.time.active_ms + _ms(self.running_since, self.read_at))
+            case _:
+                return self.time
+
+
+def _ms(since: datetime | None, until: datetime) -> int:
+    return round((until - since).total_seconds() * 1000) if since else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,3 +207,4 @@ class NewRun:
     idempotency_key: str | None
     request_hash: bytes
     request_id: str
+    traceparent: str | None = None

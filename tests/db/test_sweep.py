@@ -43,7 +43,7 @@ def test_a_run_far_past_its_deadline_fails_whoever_holds_it(database_url: str) -
         run = await runs.get(db, held.run.id, "t")
         assert run is not None
         assert (run.status, run.stop_reason) == (RunStatus.FAILED, StopReason.DEADLINE)
-        assert deadline_s + 5 < run.active_ms / 1000 < deadline_s + 60
+        assert deadline_s + 5 < run.time.active_ms / 1000 < deadline_s + 60
         [step] = await steps.steps_of(db, held.run.id)
         assert isinstance(step, ToolStep)
         assert step.state is ToolState.IN_DOUBT

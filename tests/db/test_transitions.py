@@ -124,7 +124,7 @@ TRANSITION: dict[str, Transition] = {
 }
 
 
-def play(database_url: str, scenario: Callable[[AsyncConnection], Awaitable[None]]) -> None:
+def play(database_url: str, scenario: Callable[[AsyncConnection], Awaitable[object]]) -> None:
     async def run() -> None:
         engine = make_engine(database_url, pool_size=2, application_name="test")
         try:
@@ -180,7 +180,7 @@ def test_a_stale_worker_can_write_nothing(database_url: str) -> None:
         await leases.requeue(db, stale, actor="w", why="test")
         fresh = await claim(db, stale.run.id)
         step = ModelStep(seq=0, attempt=1, model="m")
-        writes: list[Callable[[Claim], Awaitable[None]]] = [
+        writes: list[Callable[[Claim], Awaitable[object]]] = [
             lambda held: leases.record(
                 db, held, [step], lease_seconds=60, audit=REPLIED, actor="w", used=RunUsage(model_calls=1)
             ),

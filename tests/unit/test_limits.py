@@ -9,7 +9,7 @@ import pytest
 
 from app.domain.agent import Limits
 from app.domain.review import ReviewKind, ReviewRequest
-from app.domain.run import RunUsage, StopReason
+from app.domain.run import RunTime, RunUsage, StopReason
 from app.domain.step import ModelStep, Step, ToolState
 from app.prices import Price
 from tests.agents import toolbox
@@ -23,7 +23,7 @@ DEAR = Price(input=Decimal(1001), cached_input=Decimal(1001), output=Decimal(100
 
 def run_state(*steps: Step, usage: RunUsage | None = None, active_ms: int = 0, **limits: Any) -> RunState:
     state = state_of(*steps, agent=escalating)
-    state.run = replace(RUN, limits=Limits(**limits), active_ms=active_ms)
+    state.run = replace(RUN, limits=Limits(**limits), time=RunTime(active_ms=active_ms))
     state.usage = usage or RunUsage()
     return state
 

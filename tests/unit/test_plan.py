@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, computed_field
 from app.domain.agent import Agent, Limits, OnExpiry
 from app.domain.ids import new_id
 from app.domain.review import Decision, Review, ReviewKind, ReviewQueue, ReviewStatus
-from app.domain.run import Priority, Run, RunStatus, RunUsage
+from app.domain.run import Priority, Run, RunStatus, RunTime, RunUsage
 from app.domain.step import ModelStep, Step, ToolCall, ToolState, ToolStep
 from app.domain.tool import Effect, tool
 from tests.agents import toolbox
@@ -40,10 +40,17 @@ RUN = Run(
     error=None,
     usage=RunUsage(),
     attempt=2,
-    active_ms=0,
-    created_at=datetime.now(UTC),
-    started_at=None,
+    time=RunTime(),
+    created_at=ASKED,
+    queued_at=ASKED,
+    waiting_since=None,
+    running_since=ASKED,
+    started_at=ASKED,
     ended_at=None,
+    erased_at=None,
+    request_id="r",
+    traceparent=None,
+    read_at=ASKED,
 )
 
 
