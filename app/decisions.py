@@ -28,6 +28,7 @@ from app.domain.principal import Principal, Scope
 from app.domain.review import DECISIONS, Decision, Review, ReviewKind, ReviewQueue, ReviewStatus
 from app.domain.run import Run, RunStatus, StopReason
 from app.enqueuer import Enqueuer
+from app.logging import about_run
 from app.registry import Registry
 from app.signals import Signals
 
@@ -87,6 +88,7 @@ class Decisions:
             review = await reviews.get(connection, review_id, caller.tenant)
             assert review is not None
             _check_scope(caller, review)
+            about_run(run.id)
             await _check_eyes(connection, caller, review)
             _check_verdict(review, verdict)
             if not _is_open(run, review, verdict):

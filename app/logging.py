@@ -1,29 +1,40 @@
 """Logs: one JSON line an event on standard error, or a readable line on a terminal.
 
-`bind(run_id=…)` adds fields to every line that is logged in the same task. No line holds a secret, or a character that
-would do something to a terminal: whatever was logged, by whomever.
+`bind(run_id=…)` adds fields to every line that is logged in the same task. No line holds a secret, an e-mail address, a
+card number or a character that would do something to a terminal: whatever was logged, by whomever.
 """
 
 import json
 import logging
+import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import lru_cache
+from types import TracebackType
 from typing import Any
-from urllib.parse import quote
+from uuid import UUID
 
-HIDDEN = "[hidden]"
-MIN_SECRET = 10
-"""Characters. To hide a shorter one wherever it stands would make logs hard to read, and tell what it is."""
+from pydantic import JsonValue
 
-_OURS = r"ask_[0-9A-Za-z]{6,}_[0-9A-Za-z_-]{6,}|whsec_[0-9A-Za-z+/=_-]{6,}"
-_IN_ADDRESS = r"""(?<=://)[^/\s:@"'\\]*:[^/\s"'\\]+(?=@)"""
-_TELLTALES = ("ask_", "whsec_", "://")
+from app.redaction import Redaction, hide_in
+
 _COMMANDS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 """Not signs: controls, ends of lines that only some know, what turns the direction of text or cannot be seen."""
+_DEEPEST = 8
+"""Values inside of values; what is deeper is shown as Python writes it."""
+_ID_ON_TERMINAL = 8
+"""Characters of a request's id that are enough to find it."""
+
+_SHORT = 64
+_REMEMBERED = 2_048
+"""So many texts of up to so many characters are looked through only once."""
+
+logger = logging.getLogger(__name__)
 
 _bound: ContextVar[dict[str, Any] | None] = ContextVar("log_fields", default=None)
 
@@ -38,84 +49,130 @@ def bind(**fields: Any) -> Iterator[None]:
         _bound.reset(token)
 
 
-class Redaction:
-    """Hides secrets in text: these, our API keys, webhooks' secrets, and passwords in addresses."""
-
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
-        known = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
-        self._telltales = (*_TELLTALES, *known)
-        self._pattern = re.compile("|".join([*map(re.escape, known), _OURS, _IN_ADDRESS]))
-
-    def __call__(self, text: str) -> str:
-        # Looking for plain text first takes a tenth of the time, and nearly every line holds none of it.
-        return self._pattern.sub(HIDDEN, text) if any(told in text for told in self._telltales) else text
+def add(**fields: Any) -> None:
+    """Add fields that are known only now to the block of `bind` that this is in; outside of one, to nothing."""
+    bound = _bound.get()
+    if bound is not None:
+        bound.update(fields)
 
 
-def _forms(secret: str) -> Iterator[str]:
-    """How the secret may be written: as it is, line by line, by Python, in an address, in JSON."""
-    for part in (secret, *secret.splitlines()):
-        if len(part) >= MIN_SECRET:
-            yield from (part, repr(part)[1:-1], quote(part, safe=""))
-            yield from (json.dumps(part, ensure_ascii=is_ascii)[1:-1] for is_ascii in (True, False))
+def about_run(run_id: UUID) -> None:
+    """Add the ids of the run that this block turns out to be about."""
+    add(run_id=str(run_id), trace_id=run_id.hex)
 
 
-without_secrets = Redaction()
-"""Hides what looks like a secret of ours, for what goes elsewhere than into the log."""
+def bound_fields() -> Mapping[str, Any]:
+    """What a line that is logged here would have added to it."""
+    return _bound.get() or {}
+
+
+class _Formatter(logging.Formatter):
+    """`hide`: applied to all text of a line."""
+
+    def __init__(self, hide: Callable[[str], str]) -> None:
+        super().__init__()
+        # Names of fields and loggers, and ids, are the same in many lines.
+        of_short = lru_cache(_REMEMBERED)(hide)
+        self._hide: Callable[[str], str] = lambda text: of_short(text) if len(text) <= _SHORT else hide(text)
+
+    def format(self, record: logging.LogRecord) -> str:
+        try:
+            return self._line(record, record.getMessage(), _fields(record))
+        except Exception as error:  # noqa: BLE001 - whatever a value raises that is written as text
+            # Logging's own report of it would not be one of our lines.
+            return self._line(record, f"not a line that can be written: {record.msg!r:.200}", {"error": repr(error)})
+
+    def _line(self, record: logging.LogRecord, event: str, fields: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def _exception(self, record: logging.LogRecord) -> str | None:
+        return self.formatException(record.exc_info) if record.exc_info else None
+
+
+class _JsonFormatter(_Formatter):
+    def _line(self, record: logging.LogRecord, event: str, fields: dict[str, Any]) -> str:
+        line: dict[str, Any] = {"level": record.levelname.lower(), "logger": record.name, "event": event, **fields}
+        if (exception := self._exception(record)) is not None:
+            line["exception"] = exception
+        shown = hide_in(_plain(line), self._hide)
+        assert isinstance(shown, dict)
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        # Hidden before this is JSON: what it may replace could hold a quote.
+        return _escaped(json.dumps({"time": time, **shown}, ensure_ascii=False))
+
+
+class _TerminalFormatter(_Formatter):
+    def _line(self, record: logging.LogRecord, event: str, fields: dict[str, Any]) -> str:
+        tail = "".join(f" {key}={value}" for key, value in shortened(fields).items())
+        clock = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        line = self._hide(f"{record.levelname.lower():7} {record.name}: {event}{tail}")
+        trace = self._hide(self._exception(record) or "").splitlines()
+        # Indented: what an exception says must not look like a line of ours.
+        return "\n".join([f"{clock} {_escaped(line)}", *(f"  {_escaped(part)}" for part in trace)])
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    fields = {**getattr(record, "bound", {}), **getattr(record, "fields", {})}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def shortened(fields: dict[str, Any]) -> dict[str, Any]:
+    """What somebody who looks on needs: the trace's id is the run's."""
+    shown = {key: value for key, value in fields.items() if key != "trace_id" or "run_id" not in fields}
+    if isinstance(request_id := shown.get("request_id"), str):
+        shown["request_id"] = request_id[:_ID_ON_TERMINAL]
+    return shown
+
+
+def _plain(value: object, depth: int = 0) -> JsonValue:
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case dict() if depth < _DEEPEST:
+            return {str(name): _plain(item, depth + 1) for name, item in value.items()}
+        case list() | tuple() | set() | frozenset() if depth < _DEEPEST:
+            return [_plain(item, depth + 1) for item in value]
+        case _:
+            return str(value)
 
 
 def _escaped(text: str) -> str:
     return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-class _JsonFormatter(logging.Formatter):
-    def __init__(self, redact: Redaction) -> None:
-        super().__init__()
-        self._redact = redact
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "bound", {}),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        # Outside of strings there is nothing that either of them would replace, so it stays the same JSON.
-        return _escaped(self._redact(json.dumps(line, default=str, ensure_ascii=False)))
-
-
-class _TerminalFormatter(logging.Formatter):
-    def __init__(self, redact: Redaction) -> None:
-        super().__init__()
-        self._redact = redact
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {**getattr(record, "bound", {}), **getattr(record, "fields", {})}
-        tail = "".join(f" {key}={value}" for key, value in fields.items())
-        clock = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
-        line = _escaped(f"{clock} {record.levelname.lower():7} {record.name}: {record.getMessage()}{tail}")
-        trace = self.formatException(record.exc_info).split("\n") if record.exc_info else []
-        # Indented: what an exception says must not look like a line of ours.
-        return self._redact("\n".join([line, *(f"  {_escaped(part)}" for part in trace)]))
-
-
 def _keep_bound_fields(record: logging.LogRecord) -> bool:
-    record.bound = _bound.get() or {}
+    record.bound = bound_fields()
     return True
 
 
-def configure_logging(level: str, *, secrets: Iterable[str] = ()) -> None:
-    """Send everything from `level` up to standard error, without these secrets. Called once, by an entry point."""
-    redact = Redaction(secrets)
+def configure_logging(level: str, *, secrets: Iterable[str] = (), patterns: Iterable[str] = ()) -> None:
+    """Send everything from `level` up to standard error, without these secrets and what the patterns name.
+
+    Also what libraries and Python itself have to say, uncaught exceptions included. Called once, by an entry point.
+    """
+    hide = Redaction(secrets, patterns).hide_personal
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_TerminalFormatter(redact) if sys.stderr.isatty() else _JsonFormatter(redact))
+    handler.setFormatter(_TerminalFormatter(hide) if sys.stderr.isatty() else _JsonFormatter(hide))
     handler.addFilter(_keep_bound_fields)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # Libraries that report each request or job at info; what matters of that is logged by us.
-    for noisy in ("httpx", "httpx2", "openai", "rq", "rq.worker", "uvicorn.access", "alembic"):
+    for noisy in ("httpx2", "openai", "rq", "rq.worker", "uvicorn.access", "alembic"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+    # Langfuse's SDK gives it a handler of its own, and it never has anything else to report.
+    logging.getLogger("httpx").disabled = True
+    # Where nobody can be told any more, what should have been logged would be written as it is.
+    logging.raiseExceptions = False
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda died: _log_uncaught(died.exc_type, died.exc_value, died.exc_traceback)
+    sys.unraisablehook = lambda lost: _log_uncaught(lost.exc_type, lost.exc_value, lost.exc_traceback)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    if error is None or issubclass(kind, KeyboardInterrupt | SystemExit):
+        return
+    logger.critical("uncaught exception", exc_info=(kind, error, traceback))

@@ -13,6 +13,7 @@ RequestError (app.domain.errors)
 import json
 import logging
 from urllib.parse import quote
+from uuid import UUID
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -24,7 +25,8 @@ from starlette.responses import Response
 
 from app.domain.errors import FieldError, InvalidRequest, NotFound, RequestError, Unavailable
 from app.domain.pointer import MAX_ERRORS, in_words
-from app.logging import without_secrets
+from app.logging import bound_fields
+from app.redaction import without_secrets
 
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -86,12 +88,16 @@ def problem_type(error: RequestError | type[RequestError]) -> str:
 
 def problem_response(request: Request, error: RequestError) -> Response:
     request.app.state.services.metrics.count_refusal(type(error))
-    body = problem_body(error, path=request.scope["path"], request_id=request.state.request_id)
+    run_id = bound_fields().get("run_id")
+    body = problem_body(error, path=request.scope["path"], request_id=request.state.request_id, run_id=run_id)
     return Response(body, status_code=error.status, headers=error.headers, media_type=PROBLEM_JSON)
 
 
-def problem_body(error: RequestError, *, path: str, request_id: str) -> bytes:
-    """The document. Whatever of it the caller has sent, a secret does not come back in it."""
+def problem_body(error: RequestError, *, path: str, request_id: str, run_id: str | None = None) -> bytes:
+    """The document. Whatever of it the caller has sent, a secret does not come back in it.
+
+    `run_id`: of the run that the request was about.
+    """
     problem: dict[str, object] = {
         "type": problem_type(error),
         "title": error.title,
@@ -100,6 +106,8 @@ def problem_body(error: RequestError, *, path: str, request_id: str) -> bytes:
         "instance": quote(path),
         "request_id": request_id,
     }
+    if run_id:
+        problem |= {"run_id": run_id, "trace_id": UUID(run_id).hex}
     if error.errors:
         problem["errors"] = [{"pointer": place.pointer, "detail": place.detail} for place in error.errors]
     return without_secrets(json.dumps(problem)).encode()

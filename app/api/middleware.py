@@ -5,19 +5,24 @@ import logging
 import re
 import secrets
 import time
+from uuid import UUID
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import BodyTooLarge, InternalError, RequestTimeout, problem_response
-from app.logging import bind, without_secrets
+from app.api.metrics import UNKNOWN_ROUTE, Metrics
+from app.domain.trace_context import TraceContext
+from app.logging import about_run, add, bind
+from app.redaction import without_personal
 
 MAX_BODY_BYTES = 1_048_576
 BODY_SECONDS = 30.0
 """For the whole of it, from the end of the head: 280 kbit/s for the largest."""
 REQUEST_ID = "X-Request-Id"
 REQUEST_ID_PATTERN = r"^[A-Za-z0-9._-]{1,64}$"
+_RUN_IN_PATH = re.compile(r"/v1/runs/([0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}|[0-9A-Fa-f]{32})(?:/|\Z)")
 _CLIENT_GONE = 499
 """What the log says where nobody is left to answer."""
 
@@ -47,6 +52,7 @@ class RequestContext:
             await send(message)
 
         with bind(request_id=request_id):
+            _note_subject(request)
             try:
                 await self._app(scope, receive, send_with_id)
             except ClientDisconnect:
@@ -58,25 +64,45 @@ class RequestContext:
                 error = InternalError("this was not your fault; the log has it under request_id")
                 await problem_response(request, error)(scope, receive, send_with_id)
             finally:
-                _log(request, status, time.perf_counter() - started)
+                seconds = time.perf_counter() - started
+                _log(request, status, seconds)
+                _count(request, status, seconds)
 
 
 def _request_id(headers: Headers) -> str:
     given = headers.get(REQUEST_ID, "")
-    is_harmless = re.fullmatch(REQUEST_ID_PATTERN, given) and without_secrets(given) == given
+    is_harmless = re.fullmatch(REQUEST_ID_PATTERN, given) and without_personal(given) == given
     return given if is_harmless else secrets.token_hex(16)
 
 
+def _note_subject(request: Request) -> None:
+    """Which run is this about, and which trace of the caller's is it a part of?"""
+    if found := _RUN_IN_PATH.match(request.scope["path"]):
+        about_run(UUID(found[1]))
+    if caller := TraceContext.sent(request.headers.getlist("traceparent")):
+        add(caller_trace_id=caller.trace_id)
+
+
+def _route(request: Request) -> str:
+    """The template, which no caller can make up."""
+    return getattr(request.scope.get("route"), "path", UNKNOWN_ROUTE)
+
+
+def _count(request: Request, status: int, seconds: float) -> None:
+    state = request.scope["state"]
+    metrics: Metrics = state["metrics"]
+    metrics.observe_request(request.method, _route(request), status or _CLIENT_GONE, seconds - state.get("held_s", 0.0))
+
+
 def _log(request: Request, status: int, seconds: float) -> None:
-    path = getattr(request.scope.get("route"), "path", None)
-    if path is not None and path.startswith("/health"):
+    path = _route(request)
+    if path.startswith("/health"):
         return
     fields = {
         "method": request.method,
-        "path": path or "(unknown)",
+        "path": path,
         "status": status,
         "duration_ms": round(seconds * 1000, 1),
-        "tenant": getattr(request.state, "tenant", None),
     }
     logger.info("request", extra={"fields": fields})
 

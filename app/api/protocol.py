@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from app.api.errors import PROBLEM_JSON, RETRY_AFTER_SECONDS, HeadTooLarge, NotHttp, RequestTimeout, problem_body
 from app.api.middleware import RequestContext
 from app.domain.errors import RequestError, Unavailable
+from app.logging import bound_fields
 
 MAX_HEAD_BYTES = 65_536
 """Request line and header fields."""
@@ -272,7 +273,8 @@ def _head_too_large() -> HeadTooLarge:
 async def _tell_no_room(scope: Scope, receive: Receive, send: Send) -> None:
     error = Unavailable("there are too many requests at once; try again")
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS), "Connection": "close"}
-    body = problem_body(error, path=scope["path"], request_id=scope["state"]["request_id"])
+    run_id = bound_fields().get("run_id")
+    body = problem_body(error, path=scope["path"], request_id=scope["state"]["request_id"], run_id=run_id)
     await Response(body, error.status, headers, PROBLEM_JSON)(scope, receive, send)
 
 

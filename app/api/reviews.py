@@ -17,6 +17,7 @@ from app.db import reviews, runs, steps
 from app.decisions import Verdict
 from app.domain.errors import NotFound
 from app.domain.review import Decision, ReviewKind, ReviewQueue, ReviewStatus
+from app.logging import about_run
 
 MAX_STEPS = 100
 """Of a run that is shown with its review: the newest."""
@@ -61,6 +62,7 @@ async def get_review(
         review = await reviews.get(connection, review_id, caller.tenant)
         if review is None:
             raise NotFound("no such review")
+        about_run(review.run_id)
         run = await runs.get(connection, review.run_id, caller.tenant)
         assert run is not None
         recorded = await steps.newest_of(connection, run.id, limit=MAX_STEPS)

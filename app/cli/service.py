@@ -34,7 +34,7 @@ def api() -> None:
         from app.logging import configure_logging
 
         settings = load_settings()
-        configure_logging(settings.log_level, secrets=settings.secrets)
+        configure_logging(settings.log_level, secrets=settings.secrets, patterns=settings.redact_patterns)
 
         import uvicorn
 

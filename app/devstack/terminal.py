@@ -4,6 +4,8 @@ import json
 import sys
 from datetime import datetime
 
+from app.logging import shortened
+
 _LEVEL_COLOURS = {"warning": "33", "error": "31", "critical": "31"}
 
 
@@ -16,7 +18,7 @@ def readable(line: str) -> str:
     except (ValueError, TypeError, KeyError, AttributeError):
         return line
     logger, exception = fields.pop("logger", ""), fields.pop("exception", None)
-    tail = "".join(f" {key}={value}" for key, value in fields.items())
+    tail = "".join(f" {key}={value}" for key, value in shortened(fields).items())
     text = f"{clock:%H:%M:%S} {coloured(f'{level:7}', _LEVEL_COLOURS.get(level))} {logger}: {event}{tail}"
     return f"{text}\n{exception}" if exception else text
 

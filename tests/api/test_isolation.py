@@ -145,7 +145,7 @@ def seen(response: httpx.Response, ids: Iterable[str]) -> tuple[int, dict[str, s
     """The answer, but for the ids that were asked for and those of the request."""
     text = response.text.replace(response.headers["x-request-id"], "REQUEST")
     for known in ids:
-        text = text.replace(known, "ID")
+        text = text.replace(known, "ID").replace(known.replace("-", ""), "TRACE")
     varying = ("date", "x-request-id", "content-length")
     return response.status_code, {k: v for k, v in response.headers.items() if k not in varying}, text
 
