@@ -5,9 +5,9 @@ The only place where an outcome becomes a transition.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from uuid import UUID
 
@@ -33,6 +33,7 @@ from worker.limits import most_output_tokens
 from worker.llm.base import Model, ModelRequest
 from worker.llm.retry import Answer, RetryPolicy, complete
 from worker.loop import Answered, HandedBack, Outcome, Stopped, Suspended, run_loop, stopped_by
+from worker.observer import Observer, RunObserver
 from worker.state import RunState
 from worker.tools.call import ToolCaller
 from worker.transcript import transcript
@@ -52,6 +53,8 @@ class ModelAsker:
     provider: Model
     policy: RetryPolicy
     random: Random
+    watched: Callable[[Model, RunState], Model] = lambda model, _state: model
+    """The provider with somebody who watches what it is asked for this step."""
 
     async def ask(self, state: RunState) -> Answer:
         request = ModelRequest(
@@ -63,7 +66,7 @@ class ModelAsker:
             timeout_s=state.agent.model_timeout_s,
         )
         return await complete(
-            self.provider,
+            self.watched(self.provider, state),
             request,
             state.models,
             time_left=state.time_left,
@@ -87,6 +90,7 @@ class Executor:
         asker: ModelAsker,
         caller: ToolCaller,
         signals: Signals,
+        observer: Observer,
         image_digest: str,
     ) -> None:
         self._worker = worker
@@ -99,6 +103,7 @@ class Executor:
         self._asker = asker
         self._caller = caller
         self._signals = signals
+        self._observer = observer
         self._image_digest = image_digest
         self._draining = False
         self._executing: set[asyncio.Task[object]] = set()
@@ -118,6 +123,7 @@ class Executor:
                 return await self._execute(run_id)
             except LeaseLost:
                 logger.info("run is not ours any more")
+                await self._leases.count_loss(run_id)
             except (DBAPIError, PoolTimeout) as error:
                 logger.warning("Postgres failed; the run is left to its lease", extra={"fields": {"error": str(error)}})
             return None
@@ -193,12 +199,20 @@ class Executor:
         if claim is None:
             return None
         # failpoint: after_claim
+        run = claim.run
+        with bind(attempt=run.attempt, trace_id=run.id.hex, tenant=run.tenant, request_id=run.request_id):
+            return await self._hold(claim, began)
+
+    async def _hold(self, claim: Claim, began: float) -> Priority | None:
+        """A run that is ours until it comes to rest. `began`: when it was asked for (`local_now`)."""
+        run_id = claim.run.id
+        watch = self._observer.claimed(claim.run)
         self._leases.drop(run_id)  # an earlier claim of ours that was taken over meanwhile, by ourselves
         task = asyncio.current_task()
         assert task is not None
         held = self._leases.held[run_id] = Held(claim, task, began + self._leases.lease_seconds)
         try:
-            outcome, error = await self._run(held)
+            outcome, error = await self._run(held, watch)
         except asyncio.CancelledError:
             if held.interruption is None:
                 raise
@@ -214,7 +228,7 @@ class Executor:
         # failpoint: after_settle
         return claim.run.priority if isinstance(outcome, HandedBack) else None
 
-    async def _run(self, held: Held) -> tuple[Outcome, str | None]:
+    async def _run(self, held: Held, watch: RunObserver) -> tuple[Outcome, str | None]:
         """The loop, and what its errors mean: the outcome and, for the caller of the API, a reference to the cause."""
         run = held.claim.run
         try:
@@ -240,14 +254,15 @@ class Executor:
                     None if isinstance(agent.instructions, str) else digest(agent.render_instructions(run.input))
                 ),
             )
-            asker = WithinBudget(self._asker, self._engine, held, self._asker.random, self._is_draining)
+            asker = replace(self._asker, watched=watch.watched)
+            within_budget = WithinBudget(asker, self._engine, held, self._asker.random, self._is_draining)
             try:
                 async with asyncio.timeout(max(0.0, state.time_left())):
                     outcome = await run_loop(
                         state,
                         journal=journal,
-                        asker=asker,
-                        caller=self._caller.under(held.sure_for),
+                        asker=within_budget,
+                        caller=self._caller.under(held.sure_for, watch.tool_called),
                         draining=self._is_draining,
                     )
             except TimeoutError:
@@ -272,6 +287,7 @@ class Executor:
             async with self._engine.connect() as connection:
                 recorded = list(await steps.steps_of(connection, run.id))
                 found = await reviews.of_run(connection, run.id)
+            self._observer.reviewed(run, found)
             # By Postgres' clock: their ids have the time of the worker that asked.
             for review in sorted(found, key=lambda review: review.created_at):
                 if review.seq is not None:
@@ -291,9 +307,12 @@ class Executor:
         async with self._engine.connect() as connection:
             match outcome:
                 case Answered(output):
-                    await leases.finish(connection, claim, StopReason.FINAL_ANSWER, actor=self._actor, output=output)
+                    final = StopReason.FINAL_ANSWER
+                    ended = await leases.finish(connection, claim, final, actor=self._actor, output=output)
+                    self._observer.ended(ended)
                 case Stopped(reason):
-                    await leases.finish(connection, claim, reason, actor=self._actor, error=error)
+                    ended = await leases.finish(connection, claim, reason, actor=self._actor, error=error)
+                    self._observer.ended(ended)
                 case Suspended(questions):
                     await leases.suspend(
                         connection,

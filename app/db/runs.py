@@ -25,8 +25,8 @@ LOCK_IDLE_SECONDS = 5.0
 COLUMNS = """
     id, tenant, agent, agent_version, input, metadata, limits, priority, status, stop_reason, output, error,
     model_calls, input_tokens, cached_tokens, output_tokens, cost_usd, attempt, active_ms,
-    queued_ms, human_ms, model_ms, tools_ms, created_at, queued_at, waiting_since, running_since, started_at, ended_at,
-    erased_at, request_id, traceparent, now() AS read_at
+    queued_ms, human_ms, model_ms, tools_ms, created_at, queued_at, waiting_since, lost_since, running_since,
+    started_at, ended_at, erased_at, request_id, traceparent, now() AS read_at
 """
 
 
@@ -63,6 +63,7 @@ def run_of(row: Row) -> Run:
         created_at=row["created_at"],
         queued_at=row["queued_at"],
         waiting_since=row["waiting_since"],
+        lost_since=row["lost_since"],
         running_since=row["running_since"],
         started_at=row["started_at"],
         ended_at=row["ended_at"],

@@ -135,9 +135,10 @@ class RunTime:
 class Run:
     """One row of the table `runs`, as the rest of the service sees it. Times are UTC, by Postgres' clock.
 
-    `queued_at`, `waiting_since`: when it came into that state last. `running_since`: when the worker that has it took
-    it. `erased_at`: when what people and models wrote was erased. `request_id`, `traceparent`: of the request that
-    submitted it. `read_at`: what time it was for Postgres when this was read.
+    `queued_at`: when it was queued last. `waiting_since`: when it began to wait for people, and `lost_since`: when a
+    worker took it that died with it, each until the worker that went on with it lets go. `running_since`: when the
+    worker that has it took it. `erased_at`: when what people and models wrote was erased. `request_id`, `traceparent`:
+    of the request that submitted it. `read_at`: what time it was for Postgres when this was read.
     """
 
     id: UUID
@@ -158,6 +159,7 @@ class Run:
     created_at: datetime
     queued_at: datetime
     waiting_since: datetime | None
+    lost_since: datetime | None
     running_since: datetime | None
     started_at: datetime | None
     ended_at: datetime | None
@@ -180,7 +182,8 @@ class Run:
 
 
 def _ms(since: datetime | None, until: datetime) -> int:
-    return round((until - since).total_seconds() * 1000) if since else 0
+    # What a statement is shown may have been written after its own `now()`.
+    return max(0, round((until - since).total_seconds() * 1000)) if since else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,7 @@ RUN = Run(
     created_at=ASKED,
     queued_at=ASKED,
     waiting_since=None,
+    lost_since=None,
     running_since=ASKED,
     started_at=ASKED,
     ended_at=None,

@@ -34,12 +34,17 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReply:
-    """What came back. `finish_reason` as the provider gives it: stop, length, tool_calls, content_filter."""
+    """What came back. `finish_reason` as the provider gives it: stop, length, tool_calls, content_filter.
+
+    `id` and `model`: what the provider calls the reply, and the model that gave it.
+    """
 
     content: str | None
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     usage: Usage
+    id: str | None = None
+    model: str | None = None
 
 
 class Model(Protocol):

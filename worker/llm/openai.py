@@ -95,6 +95,8 @@ class _Completion(BaseModel):
 
     choices: Annotated[list[_Choice], Field(min_length=1)]
     usage: _Usage | None = None
+    id: str | None = None
+    model: str | None = None
 
 
 def _reply(model: str, answer: object) -> ModelReply:
@@ -121,6 +123,8 @@ def _reply(model: str, answer: object) -> ModelReply:
             cached_tokens=(usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens) or 0,
             output_tokens=usage.completion_tokens,
         ),
+        id=completion.id,
+        model=completion.model,
     )
 
 

@@ -37,16 +37,19 @@ class ToolCaller:
     http: Http
     threads: Executor
     sure_for: Callable[[], float] = lambda: 0.0
+    called: Callable[[ToolStep, float], None] = lambda _step, _seconds: None
 
-    def under(self, sure_for: Callable[[], float]) -> "ToolCaller":
-        """The same, for a run that is held for so long."""
-        return replace(self, sure_for=sure_for)
+    def under(self, sure_for: Callable[[], float], called: Callable[[ToolStep, float], None]) -> "ToolCaller":
+        """The same, for a run that is held for so long. `called`: told of each call, and how many seconds it took."""
+        return replace(self, sure_for=sure_for, called=called)
 
     async def make(self, state: RunState, calls: Sequence[PlannedCall], results: list[ToolStep]) -> None:
         """Make the calls; each result is added as it comes, so that an interruption loses none that is known.
 
         Raises `LeaseLost`.
         """
+        for step in results:  # answered without a call
+            self.called(step, 0.0)
         try:
             async with asyncio.TaskGroup() as group:
                 for call in calls:
@@ -56,9 +59,14 @@ class ToolCaller:
 
     async def _make_one(self, state: RunState, call: PlannedCall, results: list[ToolStep]) -> None:
         began = time.monotonic()
-        tool_state, result = await self._outcome(state, call)
-        known = {"state": tool_state, "result": result, "duration_ms": round((time.monotonic() - began) * 1000)}
-        results.append(call.step.model_copy(update=known))
+        step = call.step
+        try:
+            tool_state, result = await self._outcome(state, call)
+            known = {"state": tool_state, "result": result, "duration_ms": round((time.monotonic() - began) * 1000)}
+            step = call.step.model_copy(update=known)
+            results.append(step)
+        finally:
+            self.called(step, time.monotonic() - began)
 
     async def _outcome(self, state: RunState, call: PlannedCall) -> tuple[ToolState, str | None]:
         tool = call.tool
