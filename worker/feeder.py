@@ -39,6 +39,11 @@ class Feeder:
                 logger.warning("Redis is away", extra={"fields": {"error": str(error)}})
             self._stopping.wait(RECONNECT_SECONDS)
 
+    @property
+    def busy(self) -> int:
+        """Slots in use. A queue worker that gives way to another has waited for its runs before."""
+        return self._worker.busy if self._worker is not None else 0
+
     def stop(self) -> None:
         """Take no more jobs. From any thread."""
         self._stopping.set()

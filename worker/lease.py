@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import TracebackType
@@ -16,11 +17,15 @@ from app.background import within
 from app.db import leases
 from app.domain.errors import LeaseLost
 from app.domain.run import Claim
+from worker.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """Goes on while the process is frozen and, where the system has such a clock, while the machine sleeps."""
+
+LOOK_SECONDS = 1.0
+"""How long a run that was given up may hold its slot while Postgres is asked why."""
 
 
 def local_now() -> float:
@@ -102,6 +107,7 @@ class Leases:
 
     engine: AsyncEngine
     lease_seconds: float
+    metrics: WorkerMetrics
     held: dict[UUID, Held] = field(default_factory=dict)
 
     async def keep(self) -> None:
@@ -132,6 +138,21 @@ class Leases:
                 held.interrupt(Interruption.LOST)
             elif kept[run_id]:
                 held.sure_until = began + self.lease_seconds
+
+    async def count_loss(self, run_id: UUID) -> None:
+        """A run was given up here, because of a heartbeat or a write that found it gone, or a lease that is not sure.
+
+        A cancellation looks the same, but is no loss: its signal may come late, or never.
+        """
+
+        async def is_cancelled() -> bool:
+            async with self.engine.connect() as connection:
+                return await leases.is_cancelled(connection, run_id)
+
+        with suppress(SQLAlchemyError, TimeoutError):
+            if await within(LOOK_SECONDS, is_cancelled()):
+                return
+        self.metrics.lease_lost()
 
     def drop(self, run_id: UUID) -> None:
         """The run is not ours any more: stop it here, if it is here."""

@@ -18,6 +18,7 @@ from app.config import Settings, load_settings
 from app.db.engine import ReadOnlyDatabase, make_engine
 from app.domain.errors import ConfigurationError
 from app.logging import configure_logging
+from app.metrics import make_registry
 from app.prices import load_prices
 from app.queue import RunQueue
 from app.registry import load_agents
@@ -31,9 +32,12 @@ from worker.health import can_reach, health_server
 from worker.lease import Leases
 from worker.llm.openai import OpenAIModel
 from worker.llm.retry import RetryPolicy
+from worker.metrics import WorkerMetrics
 from worker.queue_worker import ConcurrentWorker
+from worker.reporter import Reporter
 from worker.sealer import open_sealer
 from worker.sweeper import Sweeper
+from worker.telemetry import Telemetry, open_telemetry
 from worker.tools.call import ToolCaller
 from worker.watchdog import Watchdog
 
@@ -51,7 +55,7 @@ TOOL_PATIENCE_SECONDS = 600.0
 LEAVE_SECONDS = 0.8
 """Of `DRAIN_SECONDS`, what is kept for telling Redis after the runs have come to rest."""
 FAREWELL_SECONDS = 1.5
-"""How long a Redis that does not answer may hold up the end: a pop blocks for 1 s."""
+"""How long a Redis or a tracing back end that does not answer may hold up the end: a pop blocks for 1 s."""
 ENDS_AFTER_LEASES = 3
 ENDS_AFTER_SECONDS = 30.0
 """A worker whose event loop is silent for so many leases, and at least for so long, ends itself."""
@@ -65,7 +69,7 @@ def main() -> None:
     code = 0
     try:
         settings = load_settings()
-        configure_logging(settings.log_level, secrets=settings.secrets)
+        configure_logging(settings.log_level, secrets=settings.secrets, patterns=settings.redact_patterns)
         # Not `uvloop.run`: that waits for tasks that do not heed their cancellation, and those have lost their runs.
         asyncio.Runner(loop_factory=uvloop.new_event_loop).run(run_worker(settings))
     except ConfigurationError as error:
@@ -116,7 +120,13 @@ async def run_worker(settings: Settings) -> None:
         stack.callback(tool_threads.shutdown, wait=False, cancel_futures=True)
 
         egress = await stack.enter_async_context(Egress(settings.egress_trusted_origins))
-        leases = Leases(vital_engine, settings.lease_seconds)
+        metrics = WorkerMetrics(
+            make_registry(image_digest=settings.image_digest, environment=settings.environment),
+            agents,
+            model=settings.model,
+        )
+        leases = Leases(vital_engine, settings.lease_seconds, metrics)
+        telemetry = open_telemetry(settings, worker=name, agents=agents, metrics=metrics)
         executor = Executor(
             worker=name,
             engine=engine,
@@ -127,6 +137,7 @@ async def run_worker(settings: Settings) -> None:
             asker=ModelAsker(model, RetryPolicy(), Random()),  # noqa: S311 - jitter, not a secret
             caller=ToolCaller(ReadOnlyDatabase(tool_engine), egress, tool_threads),
             signals=signals,
+            observer=telemetry.observer,
             image_digest=settings.image_digest,
         )
 
@@ -139,9 +150,11 @@ async def run_worker(settings: Settings) -> None:
             await stack.enter_async_context(in_background(work))
             for work in (
                 watchdog.beat(),
+                metrics.loop_lag.keep_measuring(),
                 leases.keep(),
-                Sweeper(vital_engine, queue, signals).keep_sweeping(),
+                Sweeper(vital_engine, queue, signals, metrics).keep_sweeping(),
                 signals.listen(CANCELLED, leases.drop),
+                Reporter(vital_engine, telemetry.observer).keep_reporting(),
                 *([sealer.keep_sealing()] if sealer else []),
                 *([deliverer.keep_delivering()] if deliverer else []),
             )
@@ -151,7 +164,9 @@ async def run_worker(settings: Settings) -> None:
         async def is_ready() -> bool:
             return not ending.asked.is_set() and await can_reach(vital_engine, redis_url)
 
-        await stack.enter_async_context(health_server(settings.api_host, settings.worker_health_port, is_ready))
+        await stack.enter_async_context(
+            health_server(settings.api_host, settings.worker_health_port, is_ready, metrics.text)
+        )
 
         def make_queue_worker() -> ConcurrentWorker:
             return ConcurrentWorker(
@@ -165,6 +180,7 @@ async def run_worker(settings: Settings) -> None:
             )
 
         feeder = Feeder(redis_url, make_queue_worker)
+        metrics.watch_slots(settings.worker_concurrency, lambda: feeder.busy, is_closed=ending.asked.is_set)
         feeding = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="feeder"), feeder.feed)
         logger.info("worker started", extra={"fields": {"worker": name, "slots": settings.worker_concurrency}})
         asked = await stack.enter_async_context(in_background(ending.asked.wait()))
@@ -173,16 +189,19 @@ async def run_worker(settings: Settings) -> None:
         ending.ask()
         if deliverer:
             deliverer.stop()
-        await drain(ending, executor, feeder, feeding)
+        await drain(ending, executor, feeder, feeding, telemetry)
         for task in (feeding, *vital):
             if task.done():
                 task.result()  # what they raise ends this process
         logger.info("worker stopped", extra={"fields": {"worker": name}})
 
 
-async def drain(ending: Ending, executor: Executor, feeder: Feeder, feeding: "asyncio.Future[None]") -> None:
-    """Bring the runs to rest, and tell Redis so."""
+async def drain(
+    ending: Ending, executor: Executor, feeder: Feeder, feeding: "asyncio.Future[None]", telemetry: Telemetry
+) -> None:
+    """Bring the runs to rest, and tell Redis and the tracing back ends so."""
     feeder.stop()
     for run_id, priority in await executor.drain(ending.seconds_left - LEAVE_SECONDS, hurried=ending.hurried):
         feeder.let_go(run_id, priority)
-    await asyncio.wait([feeding], timeout=min(FAREWELL_SECONDS, ending.seconds_left))
+    farewell = min(FAREWELL_SECONDS, ending.seconds_left)
+    await asyncio.gather(asyncio.wait([feeding], timeout=farewell), telemetry.close(farewell))

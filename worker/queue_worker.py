@@ -101,6 +101,11 @@ class ConcurrentWorker(BaseWorker):
 
     # -- what the process calls
 
+    @property
+    def busy(self) -> int:
+        """Slots in use: runs in execution. From any thread."""
+        return len(self._running)
+
     def stop(self) -> None:
         """Take no more jobs. `work()` returns when the runs in execution have come to rest. From any thread."""
         self._stop_requested = True

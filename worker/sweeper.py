@@ -21,6 +21,7 @@ from app.db.sweep import Queued
 from app.domain.errors import QueueUnavailable
 from app.queue import RunQueue
 from app.signals import CANCELLED, RESTED, Signals
+from worker.metrics import Rescue, WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,12 @@ _FIRST = UUID(int=0)
 class Sweeper:
     """One per worker process; an advisory lock picks the one that sweeps."""
 
-    def __init__(self, engine: AsyncEngine, queue: RunQueue, signals: Signals) -> None:
+    def __init__(self, engine: AsyncEngine, queue: RunQueue, signals: Signals, metrics: WorkerMetrics) -> None:
         self._engine = engine
         self._transactional = transactional(engine)
         self._queue = queue
         self._signals = signals
+        self._metrics = metrics
 
     async def keep_sweeping(self) -> None:
         """Sweep for ever; what fails is tried again in the next sweep."""
@@ -76,7 +78,10 @@ class Sweeper:
         """End and queue what nobody else does any more. True: more is left to do than was done in one go."""
         async with self._engine.connect() as connection:
             overdue = await rescue.end_overdue(connection, grace_seconds=DEADLINE_GRACE_SECONDS, limit=BATCH)
+            self._metrics.runs_rescued(Rescue.OVERDUE, len(overdue))
             requeued, given_up = await rescue.rescue_expired(connection, limit=BATCH)
+            self._metrics.runs_rescued(Rescue.REQUEUED, len(requeued))
+            self._metrics.runs_rescued(Rescue.GIVEN_UP, len(given_up))
         async with self._transactional.begin() as connection:
             expired = await expiry.expire_due(connection, limit=BATCH)
         # failpoint: after_rescue

@@ -97,6 +97,15 @@ async def extend(connection: AsyncConnection, held: dict[UUID, UUID], *, lease_s
     return {row["id"]: row["is_extended"] for row in await fetch(connection, _EXTEND, parameters)}
 
 
+_IS_CANCELLED = text("SELECT status = 'cancelled' AS is_cancelled FROM runs WHERE id = :id")
+
+
+async def is_cancelled(connection: AsyncConnection, run_id: UUID) -> bool:
+    """Is that why it is not held any more?"""
+    row = await fetch_one(connection, _IS_CANCELLED, {"id": run_id})
+    return row is not None and row["is_cancelled"]
+
+
 _RECORD = text(f"""
     WITH held AS (
         UPDATE runs

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import aiohttp
 import psycopg
+from prometheus_client import CollectorRegistry
 from psycopg.rows import dict_row
 
 from app.db.engine import make_engine
@@ -16,6 +17,7 @@ from app.queue import RunQueue
 from app.signals import Signals
 from tests.bench.client import Client, in_parallel, quantile
 from tests.bench.waiting import connections_of, pss
+from worker.metrics import WorkerMetrics
 from worker.sweeper import Sweeper
 
 WAITING = 10_000
@@ -63,7 +65,7 @@ async def _costs(stack: Stack, name: str) -> dict[str, str]:
 async def _sweep_ms(stack: Stack) -> float:
     engine = make_engine(stack.database_url, pool_size=4, application_name="bench")
     queue, signals = RunQueue(stack.redis_url), Signals(stack.redis_url)
-    sweeper = Sweeper(engine, queue, signals)
+    sweeper = Sweeper(engine, queue, signals, WorkerMetrics(CollectorRegistry(), {}, model=None))
     took = []
     try:
         for _ in range(SWEEPS):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import psycopg
 import redis
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from app.background import in_background
 from app.db.engine import make_engine
@@ -16,6 +17,7 @@ from app.db.migrate import upgrade
 from app.devstack.stack import Stack
 from app.queue import RunQueue
 from app.signals import Signals
+from worker.metrics import WorkerMetrics
 from worker.sweeper import Sweeper
 
 QUEUED = 100_000
@@ -36,7 +38,7 @@ def measure_sweeper(stack: Stack) -> list[Row]:
 async def _measure(database_url: str, redis_url: str) -> list[Row]:
     engine = make_engine(database_url, pool_size=4, application_name="bench")
     queue, signals = RunQueue(redis_url), Signals(redis_url)
-    sweeper = Sweeper(engine, queue, signals)
+    sweeper = Sweeper(engine, queue, signals, WorkerMetrics(CollectorRegistry(), {}, model=None))
     try:
         async with in_background(sweeper.keep_sweeping()):
             await _filled(queue)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 import redis
+from prometheus_client import CollectorRegistry
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -21,6 +22,7 @@ from tests.db.test_transitions import new_run
 from tests.scripts import Script, audit_of, call, rest, submit
 from tests.stack import Stack
 from tests.waiting import AMPLE, rules, wait_for
+from worker.metrics import WorkerMetrics
 from worker.sweeper import Sweeper
 
 Scenario = Callable[[AsyncEngine, Sweeper], Awaitable[None]]
@@ -31,7 +33,7 @@ def play(database_url: str, redis_url: str, scenario: Scenario) -> None:
         engine = make_engine(database_url, pool_size=4, application_name="test")
         queue, signals = RunQueue(redis_url), Signals(redis_url)
         try:
-            await scenario(engine, Sweeper(engine, queue, signals))
+            await scenario(engine, Sweeper(engine, queue, signals, WorkerMetrics(CollectorRegistry(), {}, model=None)))
         finally:
             queue.close()
             await signals.aclose()
@@ -190,7 +192,7 @@ def test_without_redis_leases_are_rescued_all_the_same_and_enqueued_when_it_is_b
         away = "redis://127.0.0.1:1"
         queue, signals = RunQueue(away), Signals(away)
         with pytest.raises(QueueUnavailable):
-            await Sweeper(engine, queue, signals).sweep()
+            await Sweeper(engine, queue, signals, WorkerMetrics(CollectorRegistry(), {}, model=None)).sweep()
         await signals.aclose()
         assert (await state_of(engine, lost)).status is RunStatus.QUEUED
         await sweeper.sweep()
