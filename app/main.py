@@ -8,19 +8,23 @@ from fastapi import FastAPI
 from fastapi.middleware import Middleware
 
 from app import __version__
-from app.api import agents, errors, health, metrics, reviews, runs, webhooks
+from app.api import agents, errors, health, reviews, runs, webhooks
 from app.api.deps import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.openapi import describe
 from app.api.waiters import Waiters
+from app.back_ends import TraceLinks
+from app.background import in_background
 from app.config import Settings
 from app.db.engine import make_engine
 from app.db.schema import newest_revision
 from app.decisions import Decisions
 from app.enqueuer import Enqueuer
+from app.gauges import StateGauges
 from app.intake import Intake
 from app.key_usage import KeyUsage
+from app.metrics import EventLoopLag, make_registry
 from app.prices import load_prices
 from app.queue import RunQueue
 from app.rate_limit import RateLimiter
@@ -63,10 +67,10 @@ def create_app(settings: Settings) -> FastAPI:
     registry = load_agents(settings.agents)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         async with _services(settings, registry) as services:
             app.state.services = services
-            yield
+            yield {"metrics": services.metrics}  # in the state of every request, also of one that nobody routes
 
     app = Api(
         title="Agent Service",
@@ -81,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.agents = registry
     errors.install(app)
-    for resource in (runs, reviews, webhooks, agents, health, metrics):
+    for resource in (runs, reviews, webhooks, agents, health):
         app.include_router(resource.router)
     return app
 
@@ -97,6 +101,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
     queue, signals, waiters = RunQueue(redis_url), Signals(redis_url), Waiters()
     rate_limiter, key_usage = RateLimiter(redis_url), KeyUsage(engine)
     enqueuer = Enqueuer(queue, engine)
+    series = make_registry(image_digest=settings.image_digest, environment=settings.environment)
     intake = Intake(
         engine=engine,
         enqueuer=enqueuer,
@@ -106,7 +111,12 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
         model=settings.model,
     )
     try:
-        async with signals.listening(RESTED, waiters.wake), enqueuer.running(), key_usage.running():
+        async with (
+            signals.listening(RESTED, waiters.wake),
+            enqueuer.running(),
+            key_usage.running(),
+            in_background(EventLoopLag(series).keep_measuring()),
+        ):
             yield Services(
                 settings=settings,
                 engine=engine,
@@ -117,7 +127,9 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
                 decisions=Decisions(engine=engine, enqueuer=enqueuer, signals=signals, agents=registry),
                 rate_limiter=rate_limiter,
                 key_usage=key_usage,
-                metrics=Metrics(),
+                trace_links=TraceLinks(settings),
+                metrics=Metrics(series, registry),
+                gauges=StateGauges(series, engine, registry),
                 newest_revision=newest_revision(),
             )
     finally:

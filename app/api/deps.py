@@ -12,13 +12,16 @@ from starlette.requests import Request
 
 from app.api.metrics import AuthenticationFailure, Metrics
 from app.api.waiters import Waiters
+from app.back_ends import TraceLinks
 from app.config import Settings
 from app.db import keys
 from app.decisions import Decisions
 from app.domain.errors import REALM, MissingScope, Unauthorized
 from app.domain.principal import Principal, Scope
+from app.gauges import StateGauges
 from app.intake import Intake
 from app.key_usage import KeyUsage
+from app.logging import add
 from app.rate_limit import RateLimiter
 from app.registry import Registry
 from app.signals import Signals
@@ -39,7 +42,9 @@ class Services:
     decisions: Decisions
     rate_limiter: RateLimiter
     key_usage: KeyUsage
+    trace_links: TraceLinks
     metrics: Metrics
+    gauges: StateGauges
     newest_revision: str
     """The database's schema must be at least here."""
 
@@ -94,7 +99,7 @@ async def _authenticated(request: Request, services: Services) -> Principal:
             "this API key is unknown, expired or revoked",
             headers={"WWW-Authenticate": f'{_BEARER}, error="invalid_token"'},
         )
-    request.state.tenant = caller.tenant
+    add(tenant=caller.tenant)
     return caller
 
 

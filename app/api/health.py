@@ -1,10 +1,11 @@
-"""Probes, and what is running. No key is needed, so nothing here tells a secret."""
+"""Probes, what is running, and what was counted. No key is needed, so nothing here tells a secret."""
 
 import asyncio
 from typing import Literal
 
 from fastapi import APIRouter
 from sqlalchemy.exc import SQLAlchemyError
+from starlette.responses import PlainTextResponse, Response
 
 from app import __version__
 from app.api import schemas
@@ -13,6 +14,7 @@ from app.api.openapi import problems_without_key
 from app.background import within
 from app.db.schema import current_revision
 from app.domain.errors import Unavailable
+from app.metrics import CONTENT_TYPE
 
 _PATIENCE_SECONDS = 2.0
 """A part that takes longer to answer counts as away."""
@@ -55,6 +57,19 @@ async def health(services: ServicesDep) -> schemas.Health:
 async def version(services: ServicesDep) -> schemas.Version:
     settings = services.settings
     return schemas.Version(version=__version__, image_digest=settings.image_digest, environment=settings.environment)
+
+
+@router.get(
+    "/metrics",
+    operation_id="metrics",
+    summary="What was counted",
+    description="In Prometheus' text format: counters of this process, and gauges of the whole service.",
+    response_class=PlainTextResponse,
+    responses=problems_without_key(),
+)
+async def metrics(services: ServicesDep) -> Response:
+    await services.gauges.refresh()
+    return Response(await services.metrics.text(), media_type=CONTENT_TYPE)
 
 
 async def _look(services: Services) -> schemas.Health:

@@ -1,18 +1,23 @@
-"""What the API counts, for Prometheus. Every metric of this process is an attribute of `Metrics`, and nowhere else.
+"""What the API counts, for Prometheus. Every metric of its requests is an attribute of `Metrics`, and nowhere else.
 
 No label names a tenant, a run or a key: a label has few values, all known beforehand.
 """
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
-from fastapi import APIRouter
-from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from app.api.openapi import problems_without_key
 from app.domain.errors import BudgetSpent, RateLimited, RequestError, TooManyRuns
+from app.registry import Registry
+
+UNKNOWN_ROUTE = "(unknown)"
+"""The label of every path that leads nowhere."""
+_METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE"})
+_OTHER_METHOD = "_OTHER"
+# Those that OpenTelemetry advises for this metric.
+_DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 
 
 class AuthenticationFailure(StrEnum):
@@ -26,33 +31,57 @@ class AuthenticationFailure(StrEnum):
 
 
 class Metrics:
-    """Made once, at the start of the process. Names begin with `agent_service_`, units are seconds and bytes."""
+    """Made once, at the start of the process. Names begin with `agent_service_`, or are OpenTelemetry's."""
 
-    def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the series
-        self._registry = CollectorRegistry()
+    def __init__(self, registry: CollectorRegistry, agents: Registry) -> None:
+        self._registry = registry
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._durations = Histogram(
+            "http_server_request_duration_seconds",
+            "Duration of requests, to the end of the answer; without the time for which `wait` held it back.",
+            ["http_request_method", "http_route", "http_response_status_code"],
+            buckets=_DURATION_BUCKETS,
+            registry=registry,
+        )
+        self._accepted = Counter(
+            "agent_service_runs_accepted",
+            "Runs that were accepted, by agent; the same submission sent again is not another one.",
+            ["agent"],
+            registry=registry,
+        )
         self._refusals = Counter(
             "agent_service_requests_refused",
             "Requests that were answered with a problem, by its type.",
             ["problem"],
-            registry=self._registry,
+            registry=registry,
         )
         self._authentication_failures = Counter(
             "agent_service_authentication_failures",
             "Requests without a key that is good for them, by reason.",
             ["reason"],
-            registry=self._registry,
+            registry=registry,
         )
         self._rate_limit_unchecked = Counter(
             "agent_service_rate_limit_unchecked",
             "Requests let through without a look at their rate, because Redis was away.",
-            registry=self._registry,
+            registry=registry,
         )
         # A series that is there from the beginning shows its first increment.
+        for agent in agents:
+            self._accepted.labels(agent)
         for refusal in (RateLimited, TooManyRuns, BudgetSpent):
             self._refusals.labels(refusal.problem)
         for reason in AuthenticationFailure:
             self._authentication_failures.labels(reason)
+
+    def observe_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """A request is over. `route`: the template that its path fits, or `UNKNOWN_ROUTE`."""
+        known = method if method in _METHODS else _OTHER_METHOD
+        self._durations.labels(known, route, str(status)).observe(seconds)
+
+    def count_accepted(self, agent: str) -> None:
+        """A run of an agent that this process knows."""
+        self._accepted.labels(agent).inc()
 
     def count_refusal(self, problem: type[RequestError]) -> None:
         self._refusals.labels(problem.problem).inc()
@@ -63,22 +92,9 @@ class Metrics:
     def count_unchecked_rate(self) -> None:
         self._rate_limit_unchecked.inc()
 
-    def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
-        return generate_latest(self._registry)
+    async def text(self) -> bytes:
+        """Everything that this process tells, in Prometheus' text format.
 
-
-router = APIRouter(tags=["health"])
-
-
-@router.get(
-    "/metrics",
-    operation_id="metrics",
-    summary="What was counted",
-    description="In Prometheus' text format, of this process alone.",
-    response_class=PlainTextResponse,
-    responses=problems_without_key(),
-)
-async def metrics(request: Request) -> Response:
-    found: Metrics = request.app.state.services.metrics
-    return Response(found.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        Written in a thread, because it may be long; of its own, because the event loop's may be waiting for Redis.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._writing, generate_latest, self._registry)

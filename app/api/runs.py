@@ -1,6 +1,7 @@
 """Runs: submit, read, wait, list, cancel; their steps and their audit."""
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import Annotated
 from uuid import UUID
@@ -17,7 +18,9 @@ from app.api.pagination import PageById, PageBySeq, cut, id_cursor, seq_cursor
 from app.db import audit, runs, steps
 from app.domain.errors import NotFound
 from app.domain.run import Priority, Run, RunStatus
+from app.domain.trace_context import TraceContext
 from app.intake import Submission
+from app.logging import about_run
 
 MAX_WAIT_SECONDS = 60
 LOOK_AGAIN_SECONDS = 5.0
@@ -35,6 +38,24 @@ IdempotencyKey = Annotated[
         description="Yours, of printable ASCII: the same request sent again with it gives the same run.",
     ),
 ]
+
+
+def _trace_context(
+    request: Request,
+    _: Annotated[
+        str | None,
+        Header(
+            alias="traceparent",
+            description="W3C Trace Context: the run's trace is linked to this span. Ignored where it is malformed.",
+        ),
+    ] = None,
+) -> str | None:
+    """The caller's span, as a header of version 00."""
+    context = TraceContext.sent(request.headers.getlist("traceparent"))
+    return str(context) if context else None
+
+
+TraceParent = Annotated[str | None, Depends(_trace_context)]
 
 
 class RunQuery(PageById):
@@ -85,6 +106,7 @@ async def submit_run(
     services: ServicesDep,
     body: Annotated[schemas.SubmitRun, Depends(JsonBody(schemas.SubmitRun))],
     idempotency_key: IdempotencyKey = None,
+    traceparent: TraceParent,
 ) -> schemas.Run:
     submission = Submission(
         agent=body.agent,
@@ -94,13 +116,17 @@ async def submit_run(
         priority=Priority[body.priority.upper()],
         idempotency_key=idempotency_key,
         request_id=request.state.request_id,
+        traceparent=traceparent,
     )
     run, replayed = await services.intake.submit_run(caller, submission)
+    about_run(run.id)
     response.headers["Location"] = f"/v1/runs/{run.id}"
     if replayed:
         response.headers["Idempotent-Replayed"] = "true"
         await note_read(request, services, caller, [run.id], "run")
-    return schemas.Run.of(run)
+    else:
+        services.metrics.count_accepted(run.agent)
+    return _shown(services, run)
 
 
 @router.get("/v1/runs", operation_id="listRuns", summary="List runs, newest first", responses=problems(422))
@@ -112,7 +138,7 @@ async def list_runs(
         page, has_more = await runs.list_newest(connection, caller.tenant, where, limit=query.limit)
     await note_read(request, services, caller, [run.id for run in page], "runs")
     next_cursor = id_cursor(page[-1].id) if has_more else None
-    return schemas.RunList(data=[schemas.Run.of(run) for run in page], next_cursor=next_cursor)
+    return schemas.RunList(data=[_shown(services, run) for run in page], next_cursor=next_cursor)
 
 
 @router.get(
@@ -130,7 +156,7 @@ async def get_run(
     else:
         run = await _find(services, run_id, caller.tenant)
     await note_read(request, services, caller, [run_id], "run")
-    return schemas.Run.of(run)
+    return _shown(services, run)
 
 
 @router.get(
@@ -178,7 +204,11 @@ async def list_audit_events(
 async def cancel_run(request: Request, caller: RunWriter, services: ServicesDep, run_id: RunId) -> schemas.Run:
     run = await services.intake.cancel_run(caller, run_id)
     await note_read(request, services, caller, [run_id], "run")
-    return schemas.Run.of(run)
+    return _shown(services, run)
+
+
+def _shown(services: Services, run: Run) -> schemas.Run:
+    return schemas.Run.of(run, services.trace_links.of(run.id))
 
 
 async def _find(services: Services, run_id: UUID, tenant: str) -> Run:
@@ -191,8 +221,9 @@ async def _find(services: Services, run_id: UUID, tenant: str) -> Run:
 
 async def _when_at_rest(request: Request, services: Services, run_id: UUID, tenant: str, *, seconds: float) -> Run:
     """The run as soon as it has ended or waits for a person, or as it is when the time is over."""
-    clock = asyncio.get_running_loop().time
-    until = clock() + seconds
+    clock = time.monotonic
+    began = clock()
+    until = began + seconds
     with services.waiters.waiting_for(run_id) as rested:
         while True:
             rested.clear()
@@ -203,5 +234,6 @@ async def _when_at_rest(request: Request, services: Services, run_id: UUID, tena
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(left, LOOK_AGAIN_SECONDS)):
                     await rested.wait()
+            request.state.held_s = clock() - began
             if await request.is_disconnected():
                 return run

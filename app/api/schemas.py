@@ -98,14 +98,48 @@ class Limits(DomainLimits):
     max_cost_usd: Dollars | None = Field(description="US dollars for all calls; null: the model has no price.")
 
 
+class RunLatency(Answer):
+    """Where the time of a run went so far, in milliseconds.
+
+    `total` is `queued`, `active` and `human` together, and what passed after a worker had died until that was noticed.
+    """
+
+    total: int = Field(description="Since it was accepted, until it ended.")
+    queued: int = Field(description="Until a worker took it, each time.")
+    active: int = Field(description="In the hands of workers.")
+    model: int = Field(description="Of `active`: calls of models that were answered, with their retries.")
+    tools: int = Field(description="Of `active`: calls of tools; those that were made at the same time count once.")
+    human: int = Field(description="Until people had decided.")
+
+    @classmethod
+    def of(cls, run: DomainRun) -> Self:
+        time = run.time_now()
+        passed = (run.ended_at or run.read_at) - run.created_at
+        parts = time.queued_ms + time.active_ms + time.human_ms  # each is rounded
+        return cls(
+            total=max(parts, round(passed.total_seconds() * 1000)),
+            queued=time.queued_ms,
+            active=time.active_ms,
+            model=time.model_ms,
+            tools=time.tools_ms,
+            human=time.human_ms,
+        )
+
+
 class RunUsage(Answer):
-    """What the model calls of a run used so far. `cached_tokens` are part of `input_tokens`."""
+    """What a run used so far: its model calls, and time. `cached_tokens` are part of `input_tokens`."""
 
     model_calls: int
     input_tokens: int
     cached_tokens: int
     output_tokens: int
     cost_usd: Dollars | None = Field(description="US dollars; null when a model without a price was asked.")
+    latency_ms: RunLatency
+
+    @classmethod
+    def of(cls, run: DomainRun) -> Self:
+        counts = {name: getattr(run.usage, name) for name in cls.model_fields if name != "latency_ms"}
+        return cls(**counts, latency_ms=RunLatency.of(run))
 
 
 def _priority_name(value: object) -> object:
@@ -132,10 +166,13 @@ class Run(Answer):
     started_at: datetime | None
     ended_at: datetime | None
     erased_at: datetime | None = Field(description="When what people and models wrote was erased.")
+    trace_id: str = Field(description="Of its trace, in every back end: 32 hex digits.")
+    traces: dict[str, str] = Field(description="Where people find its trace, by back end: those that are configured.")
 
     @classmethod
-    def of(cls, run: DomainRun) -> Self:
-        return cls.model_validate(run)
+    def of(cls, run: DomainRun, traces: dict[str, str]) -> Self:
+        stored = {name: getattr(run, name) for name in cls.model_fields if hasattr(run, name)}
+        return cls.model_validate({**stored, "usage": RunUsage.of(run), "trace_id": run.id.hex, "traces": traces})
 
 
 class RunList(Answer):
@@ -261,4 +298,6 @@ class Problem(BaseModel):
     detail: str
     instance: str = Field(description="The path that was asked for.")
     request_id: str = Field(description="As in the header X-Request-Id; the log has it.")
+    run_id: UUID | None = Field(None, description="Only where the request is about a run: that run's; the log has it.")
+    trace_id: str | None = Field(None, description="Beside `run_id`: that of the run's trace.")
     errors: list[WrongPlace] = Field(default_factory=list)

@@ -60,6 +60,7 @@ def test_an_accepted_run_is_shown_as_it_was_asked_for(client: httpx.Client) -> N
         "cached_tokens": 0,
         "output_tokens": 0,
         "cost_usd": 0.0,
+        "latency_ms": {"total": 0, "queued": 0, "active": 0, "model": 0, "tools": 0, "human": 0},
     }
     assert run["created_at"].endswith("Z")
     assert client.get(response.headers["location"]).json()["id"] == run["id"]

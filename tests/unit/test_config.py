@@ -96,7 +96,9 @@ def test_a_file_in_the_secrets_directory_counts_and_the_environment_wins(
 
 def test_secrets_do_not_print(env: pytest.MonkeyPatch) -> None:
     env.setenv("OPENAI_API_KEY", SECRET)
+    env.setenv("LANGFUSE_PUBLIC_KEY", "pk-lf-1")
     env.setenv("LANGFUSE_SECRET_KEY", SECRET)
+    env.setenv("OTLP_ENDPOINTS", f"https://host/v1/traces authorization={SECRET}")
     settings = load_settings()
     assert SECRET not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
 
