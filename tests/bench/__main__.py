@@ -29,9 +29,11 @@ from tests.bench.budget import measure_budget
 from tests.bench.client import Client, quantile
 from tests.bench.crash import measure_crash
 from tests.bench.people import measure_people
+from tests.bench.prometheus import measure_prometheus
 from tests.bench.scenario import SCENARIO, measure_scenario, measure_workers
 from tests.bench.sealing import measure_sealing
 from tests.bench.sweeper import measure_sweeper
+from tests.bench.tracing import measure_tracing
 from tests.bench.verifying import measure_verifying
 from tests.bench.waiting import measure_waiting
 
@@ -43,6 +45,8 @@ PARTS = [
     "admission",
     "scenario",
     "workers",
+    "tracing",
+    "prometheus",
     "waiting",
     "full",
     "sweeper",
@@ -84,10 +88,11 @@ def main() -> None:
             asyncio.run(measure_idle(table, stack, key))
         if "admission" in parts:
             table.rows(asyncio.run(measure_admission(stack, reaper)))
-        if "scenario" in parts:
-            table.rows(asyncio.run(measure_scenario(stack, key, options.rounds)))
-        if "workers" in parts:
-            table.rows(asyncio.run(measure_workers(stack, key, options.rounds)))
+        in_rounds = {"scenario": measure_scenario, "workers": measure_workers, "tracing": measure_tracing}
+        for part in [part for part in parts if part in in_rounds]:
+            table.rows(asyncio.run(in_rounds[part](stack, key, options.rounds)))
+        if "prometheus" in parts:
+            table.rows(asyncio.run(measure_prometheus(stack, key, reaper)))
         if "waiting" in parts:
             table.rows(asyncio.run(measure_waiting(stack, key)))
         if "full" in parts:
