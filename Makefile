@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+PHOENIX := .venv-phoenix/ready
+RULES := deploy/observability/prometheus
 
-.PHONY: help demo dev test check bench soak lock audit-deps clean
+.PHONY: help demo dev test test-phoenix check bench soak lock audit-deps clean
 
 help:
 	@echo "make demo    one run from beginning to end, step by step"
 	@echo "make dev     the whole stack until Ctrl-C, with auto-reload"
 	@echo "make test    all tests, on real servers"
-	@echo "make check   format, lint, types, import contracts, locks"
+	@echo "make test-phoenix  one run's trace in a real Phoenix, which is installed the first time (650 MB)"
+	@echo "make check   format, lint, types, import contracts, locks, alerts"
 	@echo "make bench   the measurements"
 	@echo "make soak    thousands of runs while workers, Valkey and Postgres are killed; MINUTES=15;"
 	@echo "             then everything that can be sent to the API; FUZZ_MINUTES=20"
@@ -26,6 +29,9 @@ dev: $(READY)
 test: $(READY)
 	$(BIN)/pytest --numprocesses=2 $(ARGS)
 
+test-phoenix: $(READY) $(PHOENIX)
+	$(BIN)/pytest tests/phoenix $(ARGS)
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -33,6 +39,8 @@ check: $(READY)
 	$(BIN)/mypy .ci/lock.py .ci/audit_deps.py
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/lock.py --check
+	.ci/promtool check config --lint=all --lint-fatal $(RULES)/prometheus.yml
+	.ci/promtool test rules $(RULES)/rules_test.yml $(RULES)/rules_days_test.yml
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench $(ARGS)
@@ -48,9 +56,13 @@ lock: $(READY)
 	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)
 
 clean:
-	rm -rf .venv .dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	rm -rf .venv .venv-phoenix .dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
 	find app worker migrations tests .ci -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): requirements-dev.lock pyproject.toml .ci/venv
 	@PYTHON=$(PYTHON) .ci/venv
+	@touch $@
+
+$(PHOENIX): requirements-phoenix.lock .ci/phoenix | $(READY)
+	@PYTHON=$(PYTHON) .ci/phoenix
 	@touch $@

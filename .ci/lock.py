@@ -1,6 +1,6 @@
 """The lock files: `lock.py` renews them, `lock.py --check` says whether they still belong to pyproject.toml.
 
-The check needs no network: the first line of each file is a digest of what pyproject.toml asks for.
+The check needs no network: the first line of each file is a digest of what was asked for, by pyproject.toml or here.
 """
 
 import argparse
@@ -15,41 +15,50 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUN_TIME = "requirements.lock"
 DEVELOPMENT = "requirements-dev.lock"
+PHOENIX = "requirements-phoenix.lock"
+"""Of the server that `make test-phoenix` starts, in an environment of its own: nothing of ours depends on it."""
+PHOENIX_ITSELF = "arize-phoenix>=20,<21"
 
 
-def asked_for() -> str:
-    """The first line of the lock files, as it has to be."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    project = pyproject["project"]
-    wishes = [project["requires-python"], project["dependencies"], pyproject["dependency-groups"]]
+def asked_for(lock: str) -> str:
+    """The first line of a lock file, as it has to be."""
+    wishes: object = PHOENIX_ITSELF
+    if lock != PHOENIX:
+        pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        project = pyproject["project"]
+        wishes = [project["requires-python"], project["dependencies"], pyproject["dependency-groups"]]
     return f"# Made by `make lock` for {hashlib.sha256(json.dumps(wishes).encode()).hexdigest()}"
 
 
 def renew(*, upgrade: bool) -> None:
     """Resolve for all platforms. Pins that still fit stay as they are, unless everything is to be upgraded."""
-    _compile(RUN_TIME, *(["--upgrade"] if upgrade else []))
-    _compile(DEVELOPMENT, "--group=dev", f"--constraints={RUN_TIME}", *(["--upgrade"] if upgrade else []))
+    newest = ["--upgrade"] if upgrade else []
+    _compile(RUN_TIME, "pyproject.toml", *newest)
+    _compile(DEVELOPMENT, "pyproject.toml", "--group=dev", f"--constraints={RUN_TIME}", *newest)
+    _compile(PHOENIX, "-", *newest)
 
 
-def _compile(lock: str, *options: str) -> None:
+def _compile(lock: str, source: str, *options: str) -> None:
     subprocess.run(
         [
-            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--output-file", lock, "--quiet"),
+            *(sys.executable, "-m", "uv", "pip", "compile", source, "--output-file", lock, "--quiet"),
             *("--universal", "--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-header"),
             *options,
         ],
         cwd=ROOT,
         check=True,
+        input=PHOENIX_ITSELF,
+        text=True,
     )
     path = ROOT / lock
-    path.write_text(f"{asked_for()}\n{path.read_text()}")
+    path.write_text(f"{asked_for(lock)}\n{path.read_text()}")
 
 
 def problems() -> list[str]:
     """What is wrong with the lock files, without asking anybody."""
-    texts = {name: (ROOT / name).read_text() for name in (RUN_TIME, DEVELOPMENT)}
+    texts = {name: (ROOT / name).read_text() for name in (RUN_TIME, DEVELOPMENT, PHOENIX)}
     found = [
-        f"{name} is not of this pyproject.toml" for name, text in texts.items() if not text.startswith(asked_for())
+        f"{name} was made for something else" for name, text in texts.items() if not text.startswith(asked_for(name))
     ]
     found += [f"{name} names an index" for name, text in texts.items() if re.search(r"://|--(extra-)?index|-f ", text)]
     pins = {name: set(re.findall(r"^[^\s#].*(?= \\$)", text, re.MULTILINE)) for name, text in texts.items()}
