@@ -3,17 +3,20 @@
 Each is also readable from a file of the same name (lower case) in `SECRETS_DIR` (default `/run/secrets`).
 """
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, overload
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.domain.egress import read_origins
 from app.domain.errors import ConfigurationError, EgressRefused
+from app.domain.otlp import OtlpEndpoint, basic, check_url, read_otlp_endpoints
+from app.redaction import check_pattern
 
 DEFAULT_SECRETS_DIR = "/run/secrets"
 MIN_SIGNING_KEY = 32
@@ -91,7 +94,7 @@ class Settings(AuditSettings):
     model: str | None = Field(None, description="Asked instead of every agent's own model.")
 
     langfuse_public_key: str | None = Field(None, description="Langfuse project key; unset: no traces to Langfuse.")
-    langfuse_secret_key: SecretStr | None = Field(None, description="Langfuse secret key.")
+    langfuse_secret_key: SecretStr | None = Field(None, description="Langfuse secret key.", validate_default=True)
     langfuse_host: str = Field("https://cloud.langfuse.com", description="Langfuse server.")
     phoenix_collector_endpoint: str | None = Field(None, description="Phoenix server; unset: no traces to Phoenix.")
     phoenix_api_key: SecretStr | None = Field(None, description="Phoenix API key, where it wants one.")
@@ -104,11 +107,11 @@ class Settings(AuditSettings):
     otlp_endpoints: SecretStr | None = Field(
         None, description="Further OTLP receivers of traces: 'https://host/v1/traces name=value …; https://other/…'."
     )
-    trace_urls: dict[str, str] = Field(
+    trace_urls: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict,
         description="Where people find a trace, by back end: addresses with {trace_id} or {run_id}.",
     )
-    redact_patterns: tuple[str, ...] = Field(
+    redact_patterns: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Regular expressions (a JSON list) of what traces and logs must not show."
     )
 
@@ -120,7 +123,9 @@ class Settings(AuditSettings):
     api_host: str = Field("127.0.0.1", description="Address that the API and the worker's health port bind.")
     api_port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
     worker_concurrency: int = Field(100, ge=1, le=10_000, description="Runs that one worker executes at a time.")
-    worker_health_port: int = Field(0, ge=0, le=65535, description="Port of the worker's health probe; 0 means none.")
+    worker_health_port: int = Field(
+        0, ge=0, le=65535, description="Port of the worker's health probe and metrics; 0: none."
+    )
     drain_seconds: float = Field(8, gt=0, le=3600, description="Seconds after SIGTERM until open runs are handed back.")
     lease_seconds: float = Field(20, ge=1, le=600, description="Seconds until a silent worker's runs are taken over.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
@@ -162,6 +167,64 @@ class Settings(AuditSettings):
             raise ValueError(f"holds an origin that is none: {error}") from None
         return value
 
+    @field_validator("langfuse_secret_key")
+    @classmethod
+    def _has_both_keys(cls, value: SecretStr | None, others: ValidationInfo) -> SecretStr | None:
+        if (value is None) != (others.data.get("langfuse_public_key") is None):
+            raise ValueError("goes with LANGFUSE_PUBLIC_KEY: both must be set, or none of them")
+        return value
+
+    @field_validator("langfuse_host", "phoenix_collector_endpoint", "langsmith_endpoint", "dd_otlp_endpoint")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_url(value)
+        return value
+
+    @field_validator("dd_site")
+    @classmethod
+    def _is_site(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)+", value):
+            raise ValueError("must be the name of a site, such as datadoghq.eu")
+        return value
+
+    @field_validator("otlp_endpoints")
+    @classmethod
+    def _are_endpoints(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            read_otlp_endpoints(value.get_secret_value())
+        return value
+
+    @field_validator("trace_urls", "redact_patterns", mode="before")
+    @classmethod
+    def _from_json(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("must be JSON") from None
+
+    @field_validator("trace_urls")
+    @classmethod
+    def _are_trace_urls(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, url in value.items():
+            bare = url.replace("{trace_id}", "").replace("{run_id}", "")
+            if bare == url or "{" in bare or "}" in bare:
+                raise ValueError(f"the address of {name!r} must hold {{trace_id}} or {{run_id}}, and no other braces")
+            check_url(bare)
+        return value
+
+    @field_validator("redact_patterns")
+    @classmethod
+    def _are_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for number, pattern in enumerate(value, 1):
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                raise ValueError(f"pattern {number} {error}") from None
+        return value
+
     @field_validator("agents", "egress_trusted_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -173,6 +236,25 @@ class Settings(AuditSettings):
     @classmethod
     def _lower(cls, value: object) -> object:
         return value.lower() if isinstance(value, str) else value
+
+    @property
+    def is_traced(self) -> bool:
+        """Does any back end take traces?"""
+        back_ends = (self.langfuse_public_key, self.phoenix_collector_endpoint, self.langsmith_api_key, self.dd_api_key)
+        return any(back_ends) or self.otlp_endpoints is not None
+
+    @property
+    def otlp_receivers(self) -> tuple[OtlpEndpoint, ...]:
+        """Those of `OTLP_ENDPOINTS`."""
+        return read_otlp_endpoints(self.otlp_endpoints.get_secret_value()) if self.otlp_endpoints else ()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Also what is in the headers that go to tracing back ends, with and without the scheme before it."""
+        headers = [value for receiver in self.otlp_receivers for value in receiver.headers.values()]
+        if self.langfuse_public_key and self.langfuse_secret_key:
+            headers.append(basic(self.langfuse_public_key, self.langfuse_secret_key.get_secret_value()))
+        return (*super().secrets, *headers, *(value.rpartition(" ")[2] for value in headers))
 
     def require_model_key(self) -> SecretStr:
         """The provider's key. Raises `ConfigurationError` where it is missing."""

@@ -1,6 +1,7 @@
 """Canaries are planted wherever a secret is or may be put by mistake, and looked for wherever anything comes out."""
 
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from app.devstack.stack import ROOT
 from app.domain.principal import Scope
 from tests.api.test_isolation import operations_of
 from tests.api.wire import exchange
-from tests.scripts import rest, submit
+from tests.indiscreet import INSTRUCTIONS
+from tests.otlp import BackEnd, Kind, all_four, receiver, settings_of
+from tests.scripts import Run, rest, submit
 from tests.stack import Stack, clean_env, new_directory
 
 
@@ -53,19 +56,28 @@ class LockedValkey(Valkey):
 
 
 class Provider(BaseHTTPRequestHandler):
-    """A model provider that quotes the key that it was asked with, as some do, or asks for a tool."""
+    """A model provider that quotes the key that it was asked with, as some do, or asks for tools."""
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = next(message["content"] for message in asked["messages"] if message["role"] == "user")
+        is_personal = "be personal" in said
         message: dict[str, object] = {"role": "assistant", "content": "done"}
+        if is_personal:
+            message["content"] = f"done: {said} {self.headers['Authorization']}"
         if "be rude" in asked["messages"][-1]["content"]:
-            why = f"Incorrect API key provided: {self.headers['Authorization']}"
+            why = f"Incorrect API key provided: {self.headers['Authorization']} for {said}"
             return self._answer(
                 401, {"error": {"message": why, "type": "authentication_error", "code": "invalid_api_key"}}
             )
         if asked["messages"][-1]["role"] == "user":
-            call = {"id": "call_1", "type": "function", "function": {"name": "blurt", "arguments": "{}"}}
-            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+            tools = ["repeat", "choke", f"find_{WORD}", "sign"] if is_personal else ["blurt"]
+            arguments = json.dumps({"text": said} if is_personal else {})
+            calls = [
+                {"id": f"call_{tool}", "type": "function", "function": {"name": tool, "arguments": arguments}}
+                for tool in tools
+            ]
+            message = {"role": "assistant", "content": said if is_personal else None, "tool_calls": calls}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return self._answer(200, {"id": "1", "object": "chat.completion", "choices": [choice]})
 
@@ -81,10 +93,15 @@ class Provider(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+WORD = f"quixotic{secrets.token_hex(8)}"
+EMAIL = f"canary.{secrets.token_hex(8)}@example.com"
+CARD = "5555 5555 5555 4444"
+CONTENT = f"be personal\nwith {WORD}, {EMAIL} and {CARD}"
+"""What somebody sends, and what comes back from model and tools."""
+
 CANARIES = {
     "OPENAI_API_KEY": f"sk-canary-{secrets.token_urlsafe(24)}",
     "WEBHOOK_SIGNING_KEY": f"canary/{secrets.token_urlsafe(32)}+",
-    "LANGFUSE_SECRET_KEY": f"sk-lf-canary-{secrets.token_urlsafe(24)}",
 }
 
 
@@ -97,6 +114,7 @@ class CanaryStack(Stack):
         super().__init__(directory, reaper)
         self.valkey = LockedValkey(directory / "valkey", reaper=reaper, durable=False)
         self.model = None
+        self.tracing: dict[str, str] = {}
 
     @property
     def env(self) -> dict[str, str]:
@@ -105,26 +123,40 @@ class CanaryStack(Stack):
             "LOG_LEVEL": "debug",
             "OPENAI_BASE_URL": f"{self.provider}/v1",
         }
-        return super().env | agents | CANARIES
+        return super().env | agents | CANARIES | self.tracing
 
     @property
     def canaries(self) -> dict[str, str]:
         pem = self.sealing_env["AUDIT_SIGNING_KEY"].splitlines()
-        return CANARIES | {
-            "AUDIT_SIGNING_KEY": pem[1],
-            "the database's password": urlsplit(self.database_url).password or "",
-            "the owner's password": urlsplit(self.owner_url).password or "",
-            "the Redis password": LockedValkey.password,
-        }
+        tracing = {name: value for name, value in self.tracing.items() if name.endswith(("SECRET_KEY", "API_KEY"))}
+        (token,) = re.findall("token-[0-9a-f]+", self.tracing["OTLP_ENDPOINTS"])
+        return (
+            CANARIES
+            | tracing
+            | {
+                "the token in OTLP_ENDPOINTS": token,
+                "AUDIT_SIGNING_KEY": pem[1],
+                "the database's password": urlsplit(self.database_url).password or "",
+                "the owner's password": urlsplit(self.owner_url).password or "",
+                "the Redis password": LockedValkey.password,
+            }
+        )
 
 
-@pytest.fixture
-def service(reaper: Reaper) -> Iterator[CanaryStack]:
+@pytest.fixture(scope="module")
+def back_ends() -> Iterator[dict[Kind, BackEnd]]:
+    with all_four() as four, receiver("collector") as collector:
+        yield {**four, "collector": collector}
+
+
+@pytest.fixture(scope="module")
+def service(reaper: Reaper, back_ends: dict[Kind, BackEnd]) -> Iterator[CanaryStack]:
     with HTTPServer((LOOPBACK, 0), Provider) as provider, new_directory() as directory:
         thread = threading.Thread(target=provider.serve_forever)
         thread.start()
         stack = CanaryStack(directory, reaper)
         stack.provider = f"http://{LOOPBACK}:{provider.server_port}"
+        stack.tracing = settings_of(back_ends)
         try:
             stack.start()
             yield stack
@@ -146,10 +178,11 @@ class Findings:
         where = f"{response.request.method} {response.request.url.path} -> {response.status_code}"
         self.texts.append((where, f"{response.headers.raw!r} {response.text}"))
 
-    def leaks(self, canaries: dict[str, str]) -> list[str]:
+    def leaks(self, canaries: dict[str, str], *, at_least: int = 20) -> list[str]:
+        """Where they are. `at_least`: characters, so that none is found by chance."""
         found = []
         for name, canary in canaries.items():
-            assert len(canary) >= 20, name
+            assert len(canary) >= at_least, name
             forms = {canary, quote(canary, safe=""), json.dumps(canary)[1:-1], canary.encode().hex()}
             found += [f"{name}: {where}" for where, text in self.texts if any(form in text for form in forms)]
         return sorted(set(found))
@@ -183,6 +216,16 @@ def keys_in(redis_url: str) -> Iterator[tuple[str, str]]:
 def logs_of(service: CanaryStack) -> Iterator[tuple[str, str]]:
     for process in service.processes:
         yield f"log of {process.name}", process.log.read_text(errors="replace")
+
+
+def traces_in(back_ends: dict[Kind, BackEnd], run: Run) -> Iterator[tuple[str, str]]:
+    """All that a back end is told of a run: spans with their resources, events and states, and scores."""
+    for kind, back_end in back_ends.items():
+        for span in back_end.until_root(run["id"]):
+            yield f"{kind}: {span.name}", repr(span)
+    langfuse = back_ends["langfuse"]
+    for score in langfuse.until_scores(run["id"], 1):
+        yield "langfuse: score", repr(score)
 
 
 def command_lines(service: CanaryStack) -> Iterator[tuple[str, str]]:
@@ -222,7 +265,7 @@ def put_everywhere(address: str, key: str) -> Iterator[tuple[str, str, dict[str,
         yield "POST", "/v1/webhooks", {"headers": headers, "json": {"url": "https://example.com/", "events": [key]}}
 
 
-def test_no_secret_is_seen_anywhere(service: CanaryStack) -> None:
+def test_no_secret_is_seen_anywhere(service: CanaryStack, back_ends: dict[Kind, BackEnd]) -> None:
     found = Findings()
     key = make_key(service.database_url, tenant="t", name="canary")
     weak = make_key(service.database_url, tenant="t", name="weak", scopes=[Scope.RUNS_WRITE])
@@ -275,6 +318,8 @@ def test_no_secret_is_seen_anywhere(service: CanaryStack) -> None:
                 for run_id in (rude["id"], blurted["id"]):
                     operation.send(client, ids | {"run_id": run_id})
 
+    for run in (rude, blurted):
+        found.texts += traces_in(back_ends, run)
     found.texts += wrong_passwords(service)
     found.texts += [
         *logs_of(service),
@@ -283,13 +328,57 @@ def test_no_secret_is_seen_anywhere(service: CanaryStack) -> None:
         *command_lines(service),
     ]
     wheres = " ".join(where for where, _ in found.texts)
-    for expected in ("log of api", "log of worker", "table runs", "Redis b'rq:", "GET /metrics", "cmdline of api"):
+    for expected in (
+        "langfuse: score",
+        "datadog: execute_tool blurt",
+        "phoenix: invoke_agent",
+        "log of api",
+        "log of worker",
+        "table runs",
+        "Redis b'rq:",
+        "GET /metrics",
+        "cmdline of api",
+    ):
         assert expected in wheres
     assert "unexpected error" in service.api.log.read_text()
     assert "tool crashed" in service.worker.log.read_text()
     assert "Incorrect API key provided" in service.worker.log.read_text()
     assert found.leaks(canaries) == []
     assert found.leaks({"what can be found": rude["id"]}), "this test looks at nothing"
+
+
+@pytest.mark.parametrize("agent", ["indiscreet", "discreet", "candid"])
+def test_a_trace_shows_as_much_of_the_content_as_the_agent_says(
+    service: CanaryStack, back_ends: dict[Kind, BackEnd], agent: str
+) -> None:
+    key = make_key(service.database_url, tenant=agent, name="canary")
+    headers = {"Authorization": f"Bearer {key}"}
+    metadata = {"user_id": EMAIL, "session_id": WORD, "note": f"{CARD} {WORD}", EMAIL: WORD, WORD: CARD}
+    found = Findings()
+    with httpx.Client(base_url=service.api.address, headers=headers, trust_env=False, timeout=30) as client:
+        rude = rest(client, submit(client, agent, f"{CONTENT}; be rude", metadata=metadata))
+        assert rude["stop_reason"] == "model_error"
+        run = rest(client, submit(client, agent, CONTENT, metadata=metadata))
+        (review,) = client.get("/v1/reviews").json()["data"]
+        verdict = {"decision": "approve", "args_hash": review["args_hash"], "reason": CONTENT}
+        assert client.post(f"/v1/reviews/{review['id']}/decision", json=verdict).status_code == 200
+        done = rest(client, run)
+        assert (done["status"], WORD in done["output"]) == ("succeeded", True)
+    for each in (rude, done):
+        found.texts += traces_in(back_ends, each)
+    wheres = {where for where, _ in found.texts}
+    assert {"langfuse: execute_tool repeat", "collector: wait for person", "langfuse: score"} <= wheres
+    secret = service.canaries | {"the key": key.split("_", 2)[2]}
+    assert found.leaks(secret) == []
+    content = {"e-mail": EMAIL, "card": CARD, "word": WORD, "instructions": INSTRUCTIONS}
+    seen = {leak.partition(":")[0] for leak in found.leaks(content, at_least=len(CARD))}
+    assert seen == {"indiscreet": {"word", "instructions"}, "discreet": set(), "candid": set(content)}[agent]
+    assert any("[email]" in text and "[card]" in text for _, text in found.texts) is (agent == "indiscreet")
+
+    logs = Findings()
+    logs.texts += logs_of(service)
+    assert logs.leaks(secret | {"e-mail": EMAIL, "card": CARD}, at_least=len(CARD)) == []
+    assert "[email] and [card]" in service.worker.log.read_text()
 
 
 def wrong_passwords(service: CanaryStack) -> Iterator[tuple[str, str]]:
