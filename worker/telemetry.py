@@ -30,11 +30,11 @@ def open_telemetry(settings: Settings, *, worker: str, agents: Registry, metrics
     if not settings.is_traced:
         return Telemetry(Observer(metrics=metrics, agents=agents))
     from app.redaction import Redaction  # noqa: PLC0415
-
     from worker.exporters import open_exporters  # noqa: PLC0415
     from worker.tracing import Tracer  # noqa: PLC0415
 
     redaction = Redaction(settings.secrets, settings.redact_patterns)
     tracer = Tracer(settings, worker=worker, redaction=redaction)
     exporters = open_exporters(settings, tracer.provider, metrics)
+    tracer.skip = exporters.skip
     return Telemetry(Observer(metrics=metrics, agents=agents, tracer=tracer, scorer=exporters), exporters)

@@ -17,6 +17,7 @@ nothing in a trace begins before it could.
 
 import time
 from calendar import timegm
+from collections.abc import Callable
 from datetime import datetime
 from uuid import UUID
 
@@ -93,6 +94,8 @@ class Tracer:
         self._tracer = self.provider.get_tracer("agent-service", __version__)
         self._worker = worker
         self._redaction = redaction
+        self.skip: Callable[[], bool] = lambda: False
+        """Asked before a span is made: would nobody take it? Then it is not made, and has been counted as lost."""
 
     def trace(self, run: Run, agent: Agent | None) -> "RunTrace":
         """That of a run, as it stands. Of an agent that nobody knows any more no content is shown."""
@@ -154,11 +157,15 @@ class RunTrace:
 
     def queued(self, until: datetime) -> None:
         """Its last time in the queue is over."""
+        if self._tracer.skip():
+            return
         attributes: Attributes = {semconv.KIND: "CHAIN", semconv.LANGSMITH_KIND: "chain"}
         self._add("queued", _ns(self._run.queued_at), _ns(until), {**attributes, semconv.ATTEMPT: self._run.attempt})
 
     def lost(self, since: datetime, until: datetime) -> None:
         """The worker that had it `since` then died, or was cut off, and `until` then nobody knew."""
+        if self._tracer.skip():
+            return
         attempt = self._run.attempt - (self._run.running_since is not None)
         attributes: Attributes = {semconv.KIND: "CHAIN", semconv.LANGSMITH_KIND: "chain", semconv.ATTEMPT: attempt}
         self._add(
@@ -167,6 +174,8 @@ class RunTrace:
 
     def reviewed(self, review: Review, until: datetime) -> None:
         """A person has decided; or, `until` then, the run went on or ended without."""
+        if self._tracer.skip():
+            return
         ended = _ns(review.decided_at or until)
         self._add("wait for person", _ns(review.created_at), ended, of_review(review, self._content))
 
@@ -181,6 +190,8 @@ class RunTrace:
         kind: CallKind,
     ) -> None:
         """One call of a model that has just come back, or failed, or was broken off. `number`: of this step, from 1."""
+        if self._tracer.skip():
+            return
         attributes: Attributes = {
             semconv.KIND: "LLM",
             semconv.OPERATION: "chat",
@@ -210,6 +221,8 @@ class RunTrace:
 
     def tool_called(self, step: ToolStep, seconds: float, *, is_known: bool) -> None:
         """One call that has just come back, or was broken off. `is_known`: the agent has such a tool."""
+        if self._tracer.skip():
+            return
         name = step.tool if is_known else self._content.text(step.tool) or UNKNOWN_TOOL
         attributes = of_tool_call(step, name, is_known=is_known, content=self._content)
         error = None
@@ -220,6 +233,8 @@ class RunTrace:
 
     def ended(self) -> None:
         """The run has: its root."""
+        if self._tracer.skip():
+            return
         run, content = self._run, self._content
         assert run.ended_at is not None
         error = None

@@ -78,7 +78,7 @@ class LangfuseFeed(SpanProcessor):
 
     def score(self, run_id: UUID, name: str, value: float | str, *, kind: str, comment: str | None) -> None:
         """See `Exporters.score`."""
-        if not self._room.take(1, 0):
+        if not self._delivery.is_taking or not self._room.take(1, 0):
             self._delivery.lose(1, self._room.refusal)
             return
         self._client.create_score(
