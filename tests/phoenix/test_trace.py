@@ -35,6 +35,7 @@ def test_the_run_arrives_complete_and_in_order(story: Story) -> None:
         f"chat {NANO}",
         "wait for person",
         "queued",
+        "attempt lost",
         "execute_tool open_the_door",
         "queued",
         "chat gpt-5",
@@ -58,6 +59,7 @@ def test_each_span_is_of_its_kind(story: Story) -> None:
         "invoke_agent courier": {"agent"},
         "queued": {"chain"},
         "wait for person": {"chain"},
+        "attempt lost": {"chain"},
         "chat gpt-5": {"llm"},
         f"chat {NANO}": {"llm"},
         "execute_tool echo": {"tool"},
@@ -92,7 +94,11 @@ def test_nothing_is_added_up_twice(story: Story, root: Span) -> None:
 
 def test_what_failed_is_an_error_and_says_why(story: Story, root: Span) -> None:
     failed = {(span.name, span.said["error.type"]) for span in story.trace.spans if span.has_failed}
-    assert failed == {("chat gpt-5", "ModelUnavailable"), ("execute_tool refuse", "failed")}
+    assert failed == {
+        ("chat gpt-5", "ModelUnavailable"),
+        ("execute_tool refuse", "failed"),
+        ("attempt lost", "lease_lost"),
+    }
     unavailable, tools, limited, spare, _ = story.trace.of_kind("llm")
     assert "503" in unavailable.seen["statusMessage"]
     assert "429" in limited.seen["statusMessage"]
