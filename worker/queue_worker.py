@@ -199,9 +199,12 @@ class ConcurrentWorker(BaseWorker):
             with self.connection.pipeline() as look:
                 look.sismember(self.redis_workers_keys, self.key)
                 look.hexists(self.key, "birth")
-                is_known = all(look.execute())
-            if not is_known:
+                look.hget(self.key, "state")
+                is_registered, was_born, state = look.execute()
+            if not (is_registered and was_born):
                 self._register_again()
+            elif state is not None and state.decode() != self._state:
+                self.set_state(self._state)  # two threads tell Redis of it, and may come in another order than here
             super().heartbeat(WORKER_TTL_SECONDS)
         except RedisError as error:
             logger.warning("heartbeat to Redis failed", extra={"fields": {"error": str(error)}})

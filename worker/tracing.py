@@ -167,7 +167,12 @@ class RunTrace:
         if self._tracer.skip():
             return
         attempt = self._run.attempt - (self._run.running_since is not None)
-        attributes: Attributes = {semconv.KIND: "CHAIN", semconv.LANGSMITH_KIND: "chain", semconv.ATTEMPT: attempt}
+        attributes: Attributes = {
+            semconv.KIND: "CHAIN",
+            semconv.LANGSMITH_KIND: "chain",
+            semconv.ATTEMPT: attempt,
+            semconv.ERROR_TYPE: "lease_lost",
+        }
         self._add(
             "attempt lost", _ns(since), _ns(until), attributes, error=("lease_lost", "Its worker did not end it.")
         )
