@@ -19,6 +19,7 @@ import time
 from calendar import timegm
 from collections.abc import Callable
 from datetime import datetime
+from functools import cached_property
 from uuid import UUID
 
 from opentelemetry.context import Context
@@ -150,10 +151,13 @@ class RunTrace:
         self._run = run
         self._content = content
         self._conversation = Conversation(content)
-        self._common = of_every_span(run, content)
         self._attempt: Attributes = {semconv.ATTEMPT: run.attempt, semconv.WORKER: worker}
         self._ahead = time.time_ns() - _ns(run.running_since) if run.running_since else 0
         """Nanoseconds by which this clock is ahead of Postgres' (and the claim's way back)."""
+
+    @cached_property
+    def _common(self) -> Attributes:
+        return of_every_span(self._run, self._content)
 
     def queued(self, until: datetime) -> None:
         """Its last time in the queue is over."""

@@ -32,6 +32,11 @@ LOOK_SECONDS = 0.01
 class Feed(Protocol):
     """Puts spans into deliveries."""
 
+    @property
+    def is_taking(self) -> bool:
+        """False: no delivery would take the next span."""
+        ...
+
     def close(self) -> Thread:
         """Pass on what waits, and end. The thread that does it ends when that is done."""
         ...
@@ -72,7 +77,7 @@ class Exporters:
 
     def skip(self) -> bool:
         """Need the next span not be made, because no back end would take it? Then it is counted as lost here."""
-        if any(delivery.is_taking for delivery in self._deliveries):
+        if any(feed.is_taking for feed in self._feeds):
             return False
         for delivery in self._deliveries:
             delivery.refuse(1)

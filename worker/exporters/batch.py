@@ -63,6 +63,11 @@ class Batcher(SpanProcessor):
         self._thread = threading.Thread(target=self._work, name="telemetry batches", daemon=True)
         self._thread.start()
 
+    @property
+    def is_taking(self) -> bool:
+        """False: nobody would take the next span."""
+        return any(delivery.is_taking(self._room.items) for delivery in self._deliveries)
+
     def on_end(self, span: ReadableSpan) -> None:
         """Called by whoever ends a span; takes it, or drops it, at once."""
         size = weight(span)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MOST_ITEMS = 4_096
 MOST_BYTES = 16 * 1024 * 1024
 """What may wait for one back end."""
-LITTLE = 256
+LITTLE = 32
 """What may wait for a back end that has not taken what it was sent last: enough to find out that it is back."""
 ATTEMPT_SECONDS = 10.0
 """How long one attempt may take, from the connection to the end of the answer."""
@@ -95,10 +95,9 @@ class Delivery:
         self._thread = threading.Thread(target=self._work, name=f"telemetry {self.name}", daemon=True)
         self._thread.start()
 
-    @property
-    def is_taking(self) -> bool:
-        """False: what is offered now is dropped."""
-        return not self._room.is_full and not (self._is_struggling and self._room.items >= LITTLE)
+    def is_taking(self, ahead: int = 0) -> bool:
+        """False: what is offered after `ahead` more items is dropped."""
+        return not self._room.is_full and not (self._is_struggling and self._room.items + ahead >= LITTLE)
 
     def offer_spans(self, spans: Load) -> None:
         """For as soon as what came before is through. From any thread; never waits."""
@@ -106,7 +105,7 @@ class Delivery:
 
     def offer(self, parcel: Parcel) -> None:
         """The same for any request."""
-        if self.is_taking and self._room.take(parcel.load.items, parcel.load.size):
+        if self.is_taking() and self._room.take(parcel.load.items, parcel.load.size):
             self._queue.put(parcel)
         else:
             self.refuse(parcel.load.items)

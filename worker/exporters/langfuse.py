@@ -61,6 +61,12 @@ class LangfuseFeed(SpanProcessor):
             )
         logging.getLogger("httpx").handlers.clear()  # the SDK puts one there, which writes lines that are no JSON
 
+    @property
+    def is_taking(self) -> bool:
+        """False: what comes now is dropped. Asked before the SDK is, so that a back end that hangs does not cost its
+        work."""
+        return self._delivery.is_taking(self._room.items)
+
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Only of roots. The SDK marks a span as a trace's root unless it has seen its parent start, and the root of a
         run is made after everything below it."""
@@ -69,8 +75,7 @@ class LangfuseFeed(SpanProcessor):
                 processor.on_start(span, parent_context)
 
     def on_end(self, span: ReadableSpan) -> None:
-        # Looked at here already, so that a back end that hangs does not cost the SDK's work.
-        if not self._delivery.is_taking or not self._room.take(1, weight(span)):
+        if not self.is_taking or not self._room.take(1, weight(span)):
             self._delivery.lose(1, self._room.refusal)
             return
         for processor in self._sdk.processors:
@@ -78,7 +83,7 @@ class LangfuseFeed(SpanProcessor):
 
     def score(self, run_id: UUID, name: str, value: float | str, *, kind: str, comment: str | None) -> None:
         """See `Exporters.score`."""
-        if not self._delivery.is_taking or not self._room.take(1, 0):
+        if not self.is_taking or not self._room.take(1, 0):
             self._delivery.lose(1, self._room.refusal)
             return
         self._client.create_score(
