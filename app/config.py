@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.domain.build import Build
 from app.domain.egress import read_origins
 from app.domain.errors import ConfigurationError, EgressRefused
 from app.domain.otlp import OtlpEndpoint, basic, check_url, read_otlp_endpoints
@@ -92,6 +93,9 @@ class Settings(AuditSettings):
     openai_api_key: SecretStr | None = Field(None, description="Key of the model provider. The worker needs it.")
     openai_base_url: str | None = Field(None, description="Any OpenAI-compatible address; empty means OpenAI itself.")
     model: str | None = Field(None, description="Asked instead of every agent's own model.")
+    stand_in_model_url: str | None = Field(
+        None, description="Stand-in model that answers while there is no OPENAI_API_KEY; in development only."
+    )
 
     langfuse_public_key: str | None = Field(None, description="Langfuse project key; unset: no traces to Langfuse.")
     langfuse_secret_key: SecretStr | None = Field(None, description="Langfuse secret key.", validate_default=True)
@@ -119,12 +123,18 @@ class Settings(AuditSettings):
         "development", description="Shown in traces and by /version."
     )
     image_digest: str = Field("", description="Digest of the running image, shown by /version and kept on every run.")
+    git_revision: str = Field("", description="Commit that the image was built from, shown and kept likewise.")
 
     api_host: str = Field("127.0.0.1", description="Address that the API and the worker's health port bind.")
     api_port: int = Field(8000, ge=1, le=65535, description="Port of the API.")
     worker_concurrency: int = Field(100, ge=1, le=10_000, description="Runs that one worker executes at a time.")
     worker_health_port: int = Field(
         0, ge=0, le=65535, description="Port of the worker's health probe and metrics; 0: none."
+    )
+    min_workers: int = Field(1, ge=0, le=10_000, description="Fewest workers that are asked for.")
+    max_workers: int = Field(10, ge=1, le=10_000, description="Most workers that are asked for.", validate_default=True)
+    target_drain_seconds: float = Field(
+        30, gt=0, le=86_400, description="Seconds in which what is queued should have been taken by workers."
     )
     drain_seconds: float = Field(8, gt=0, le=3600, description="Seconds after SIGTERM until open runs are handed back.")
     lease_seconds: float = Field(20, ge=1, le=600, description="Seconds until a silent worker's runs are taken over.")
@@ -141,7 +151,7 @@ class Settings(AuditSettings):
             raise ValueError("its path must be the number of a database, as in redis://localhost:6379/0")
         return value
 
-    @field_validator("openai_base_url")
+    @field_validator("openai_base_url", "stand_in_model_url")
     @classmethod
     def _is_http(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
@@ -165,6 +175,13 @@ class Settings(AuditSettings):
             read_origins(value)
         except EgressRefused as error:
             raise ValueError(f"holds an origin that is none: {error}") from None
+        return value
+
+    @field_validator("max_workers")
+    @classmethod
+    def _is_not_below(cls, value: int, others: ValidationInfo) -> int:
+        if value < others.data.get("min_workers", 0):
+            raise ValueError("must not be below MIN_WORKERS")
         return value
 
     @field_validator("langfuse_secret_key")
@@ -232,6 +249,13 @@ class Settings(AuditSettings):
             return value
         return tuple(part.strip() for part in value.split(",") if part.strip())
 
+    @field_validator("environment")
+    @classmethod
+    def _has_a_model(cls, value: str, others: ValidationInfo) -> str:
+        if value != "development" and others.data.get("stand_in_model_url"):
+            raise ValueError("does not go with STAND_IN_MODEL_URL, which is for development only")
+        return value
+
     @field_validator("log_level", "environment", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
@@ -256,11 +280,26 @@ class Settings(AuditSettings):
             headers.append(basic(self.langfuse_public_key, self.langfuse_secret_key.get_secret_value()))
         return (*super().secrets, *headers, *(value.rpartition(" ")[2] for value in headers))
 
-    def require_model_key(self) -> SecretStr:
-        """The provider's key. Raises `ConfigurationError` where it is missing."""
-        if self.openai_api_key is None:
-            raise ConfigurationError("OPENAI_API_KEY is missing: the worker cannot ask a model without it")
-        return self.openai_api_key
+    @property
+    def build(self) -> Build:
+        """What is running."""
+        return Build(image_digest=self.image_digest, git_revision=self.git_revision, environment=self.environment)
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Does the stand-in model answer?"""
+        return self.openai_api_key is None and self.stand_in_model_url is not None
+
+    def model_access(self) -> tuple[str, str | None]:
+        """The model provider's key and address (None: OpenAI itself), or the stand-in's.
+
+        Raises `ConfigurationError` where there is neither.
+        """
+        if self.openai_api_key is not None:
+            return self.openai_api_key.get_secret_value(), self.openai_base_url
+        if self.stand_in_model_url is not None:
+            return "stand-in", self.stand_in_model_url
+        raise ConfigurationError("OPENAI_API_KEY is missing: the worker cannot ask a model without it")
 
 
 def _password_in(url: str) -> str | None:

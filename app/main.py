@@ -101,7 +101,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
     queue, signals, waiters = RunQueue(redis_url), Signals(redis_url), Waiters()
     rate_limiter, key_usage = RateLimiter(redis_url), KeyUsage(engine)
     enqueuer = Enqueuer(queue, engine)
-    series = make_registry(image_digest=settings.image_digest, environment=settings.environment)
+    series = make_registry(settings.build)
     intake = Intake(
         engine=engine,
         enqueuer=enqueuer,

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollec
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from app import __version__
+from app.domain.build import Build
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 """Of what `/metrics` answers."""
@@ -17,18 +18,18 @@ LOOK_SECONDS = 0.25
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
 
-def make_registry(*, image_digest: str, environment: str) -> CollectorRegistry:
+def make_registry(build: Build) -> CollectorRegistry:
     """Where a process keeps its metrics, with the build and the process itself (`process_*`). One for each process."""
     disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the series
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
-    build = Gauge(
+    info = Gauge(
         "agent_service_build_info",
         "Always 1: which build this is.",
-        ["version", "image_digest", "environment"],
+        ["version", "image_digest", "git_revision", "environment"],
         registry=registry,
     )
-    build.labels(__version__, image_digest, environment).set(1)
+    info.labels(__version__, build.image_digest, build.git_revision, build.environment).set(1)
     return registry
 
 

@@ -12,6 +12,7 @@ from app.db import leases, runs
 from app.db.engine import make_engine
 from app.db.runs import Allowance
 from app.domain.agent import Limits, OnExpiry, ReviewRules
+from app.domain.build import Build
 from app.domain.canonical import digest
 from app.domain.ids import new_id
 from app.domain.review import ReviewKind, ReviewRequest
@@ -82,7 +83,7 @@ async def wait_for(
         request_id="r",
     )
     await runs.accept(db, new, AMPLE)
-    claim = await leases.claim(db, new.id, worker="w", lease_seconds=60, image_digest="")
+    claim = await leases.claim(db, new.id, worker="w", lease_seconds=60, build=Build())
     assert claim is not None
     if steps:
         await leases.record(db, claim, steps, lease_seconds=60, audit=[], actor="worker:w")

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.background import in_background, within
 from app.db import leases, reviews, runs, steps
 from app.domain.agent import Agent
+from app.domain.build import Build
 from app.domain.canonical import digest
 from app.domain.errors import LeaseLost, ModelError, OverBudget
 from app.domain.review import Review
@@ -91,7 +92,7 @@ class Executor:
         caller: ToolCaller,
         signals: Signals,
         observer: Observer,
-        image_digest: str,
+        build: Build,
     ) -> None:
         self._worker = worker
         self._actor = f"worker:{worker}"
@@ -104,7 +105,7 @@ class Executor:
         self._caller = caller
         self._signals = signals
         self._observer = observer
-        self._image_digest = image_digest
+        self._build = build
         self._draining = False
         self._executing: set[asyncio.Task[object]] = set()
 
@@ -194,7 +195,7 @@ class Executor:
                 run_id,
                 worker=self._worker,
                 lease_seconds=self._leases.lease_seconds,
-                image_digest=self._image_digest,
+                build=self._build,
             )
         if claim is None:
             return None

@@ -84,6 +84,14 @@ def main() -> None:
     os._exit(code)
 
 
+def open_model(settings: Settings) -> OpenAIModel:
+    """The provider's, or the stand-in."""
+    api_key, base_url = settings.model_access()
+    if settings.is_stand_in:
+        logger.warning("the stand-in model answers: there is no OPENAI_API_KEY")
+    return OpenAIModel(api_key=api_key, base_url=base_url)
+
+
 async def run_worker(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT, then drain."""
     loop = asyncio.get_running_loop()
@@ -95,9 +103,7 @@ async def run_worker(settings: Settings) -> None:
         database_url = settings.database_url.get_secret_value()
         redis_url = settings.redis_url.get_secret_value()
         agents = load_agents(settings.agents)
-        model = await stack.enter_async_context(
-            OpenAIModel(api_key=settings.require_model_key().get_secret_value(), base_url=settings.openai_base_url)
-        )
+        model = await stack.enter_async_context(open_model(settings))
 
         def engine_for(purpose: str, connections: int, *, patience: float) -> AsyncEngine:
             engine = make_engine(
@@ -121,7 +127,7 @@ async def run_worker(settings: Settings) -> None:
 
         egress = await stack.enter_async_context(Egress(settings.egress_trusted_origins))
         metrics = WorkerMetrics(
-            make_registry(image_digest=settings.image_digest, environment=settings.environment),
+            make_registry(settings.build),
             agents,
             model=settings.model,
         )
@@ -138,7 +144,7 @@ async def run_worker(settings: Settings) -> None:
             caller=ToolCaller(ReadOnlyDatabase(tool_engine), egress, tool_threads),
             signals=signals,
             observer=telemetry.observer,
-            image_digest=settings.image_digest,
+            build=settings.build,
         )
 
         sealer = open_sealer(settings, vital_engine)

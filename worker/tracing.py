@@ -285,6 +285,7 @@ def _resource(settings: Settings, worker: str) -> Resource:
             semconv.SERVICE_INSTANCE: worker,
             semconv.ENVIRONMENT: settings.environment,
             semconv.IMAGE_DIGEST: settings.image_digest,
+            semconv.GIT_REVISION: settings.git_revision,
             semconv.PHOENIX_PROJECT: SERVICE,
             semconv.LANGFUSE_ENVIRONMENT: settings.environment,
             semconv.LANGFUSE_RELEASE: settings.image_digest or __version__,

@@ -177,7 +177,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         },
     },
     "Live": {"status": "ok"},
-    "Version": {"version": "0.1.0", "image_digest": "sha256:9f86d081884c7d65", "environment": "production"},
+    "Version": {
+        "version": "0.1.0",
+        "image_digest": "sha256:9f86d081884c7d65",
+        "git_revision": "4f90d69",
+        "environment": "production",
+    },
     "Problem": {
         "type": "urn:agent-service:problem:limit-raised",
         "title": "A limit may be lowered, never raised",

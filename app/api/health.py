@@ -55,8 +55,13 @@ async def health(services: ServicesDep) -> schemas.Health:
 
 @router.get("/version", operation_id="version", summary="What is running?", responses=problems_without_key())
 async def version(services: ServicesDep) -> schemas.Version:
-    settings = services.settings
-    return schemas.Version(version=__version__, image_digest=settings.image_digest, environment=settings.environment)
+    build = services.settings.build
+    return schemas.Version(
+        version=__version__,
+        image_digest=build.image_digest,
+        git_revision=build.git_revision,
+        environment=build.environment,
+    )
 
 
 @router.get(

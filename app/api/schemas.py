@@ -279,6 +279,7 @@ class Version(Answer):
 
     version: str
     image_digest: str = Field(description="Empty outside of an image.")
+    git_revision: str = Field(description="The commit it was built from. Empty outside of an image.")
     environment: str
 
 

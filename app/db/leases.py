@@ -20,6 +20,7 @@ from app.db.runs import COLUMNS, run_of
 from app.db.steps import step_parameters
 from app.domain.agent import ReviewRules
 from app.domain.audit import AuditEntry, AuditKind
+from app.domain.build import Build
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
 from app.domain.review import ReviewRequest
@@ -37,7 +38,8 @@ _CLAIM = text(f"""
         UPDATE runs
         SET status = 'running', attempt = attempt + 1, lease_token = :token,
             lease_until = now() + make_interval(secs => :lease_seconds), worker = :worker, image_digest = :image_digest,
-            running_since = now(), started_at = coalesce(started_at, now()), needs_enqueue = false
+            git_revision = :git_revision, running_since = now(), started_at = coalesce(started_at, now()),
+            needs_enqueue = false
         WHERE id = :id AND status = 'queued'
         RETURNING {COLUMNS}
     )
@@ -49,7 +51,7 @@ _CLAIM = text(f"""
 
 
 async def claim(
-    connection: AsyncConnection, run_id: UUID, *, worker: str, lease_seconds: float, image_digest: str
+    connection: AsyncConnection, run_id: UUID, *, worker: str, lease_seconds: float, build: Build
 ) -> Claim | None:
     """queued → running, under a fresh token. None: there is nothing to claim (any more)."""
     token = uuid4()
@@ -61,10 +63,11 @@ async def claim(
             "token": token,
             "lease_seconds": lease_seconds,
             "worker": worker,
-            "image_digest": image_digest,
+            "image_digest": build.image_digest,
+            "git_revision": build.git_revision,
             "actor": f"worker:{worker}",
             "kind": AuditKind.RUN_CLAIMED,
-            "data": json.dumps({"image_digest": image_digest}),
+            "data": json.dumps({"image_digest": build.image_digest, "git_revision": build.git_revision}),
         },
     )
     return Claim(run=run_of(row), token=token) if row else None

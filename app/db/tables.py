@@ -111,6 +111,7 @@ runs = Table(
     Column("model_ms", BigInteger, nullable=False, server_default=text("0")),
     Column("tools_ms", BigInteger, nullable=False, server_default=text("0")),
     Column("unreported", Boolean, nullable=False, server_default=text("false")),
+    Column("git_revision", Text, nullable=False, server_default=""),
     # A run's id is a UUIDv7, so the order of ids is the order of submission.
     Index("runs_by_tenant", "tenant", "id"),
     Index("runs_by_status", "tenant", "status", "id"),

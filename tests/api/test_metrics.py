@@ -281,7 +281,7 @@ def test_no_label_names_a_tenant_a_run_or_a_key(start_api: StartApi, database_ur
     assert set(re.findall(r"(\w+)=", text)) == {
         *("problem", "reason", "agent", "status", "queue", "kind", "le"),
         *("http_request_method", "http_route", "http_response_status_code"),
-        *("version", "image_digest", "environment"),
+        *("version", "image_digest", "git_revision", "environment"),
     }
 
 

@@ -315,7 +315,7 @@ def test_health_and_version_need_no_key(stack: Stack) -> None:
                 "schema": "ok",
                 "redis": "ok",
             }
-        assert set(stranger.get("/version").json()) == {"version", "image_digest", "environment"}
+        assert set(stranger.get("/version").json()) == {"version", "image_digest", "git_revision", "environment"}
 
 
 def test_an_unmigrated_database_is_not_ready(stack: Stack, start_api: StartApi) -> None:

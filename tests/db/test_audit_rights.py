@@ -264,7 +264,7 @@ def holds(connection: Connection) -> bool:
 
 OF_THE_RELEASE_BEFORE: list[Any] = [
     {},
-    {"attempt": 1, "image_digest": ""},
+    {"attempt": 1, "image_digest": "", "git_revision": ""},
     {"deadline_s": 300.0, "max_cost_usd": 0.5, "max_steps": 10, "half": 0.25},
     {"metadata": {"z": 1, "a": [True, False, None, {"b": "c", "B": "d"}]}, "": "empty"},
     {"text": 'quotes " and \\ and / and \u2028 and \x7f and \x1f and ü and 🙈'},

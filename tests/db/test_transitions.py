@@ -14,6 +14,7 @@ from app.db import audit, expiry, leases, rescue, reviews, runs, steps
 from app.db.engine import make_engine, transactional
 from app.domain.agent import Limits, OnExpiry, ReviewRules
 from app.domain.audit import AuditEntry, AuditKind
+from app.domain.build import Build
 from app.domain.errors import LeaseLost
 from app.domain.ids import new_id
 from app.domain.review import Decision, ReviewKind, ReviewRequest
@@ -61,7 +62,7 @@ async def claimed(db: AsyncConnection, *, lease_seconds: float = 60, max_attempt
 
 
 async def claim(db: AsyncConnection, run_id: UUID, *, lease_seconds: float = 60) -> Claim:
-    held = await leases.claim(db, run_id, worker="w", lease_seconds=lease_seconds, image_digest="")
+    held = await leases.claim(db, run_id, worker="w", lease_seconds=lease_seconds, build=Build())
     assert held is not None
     return held
 
@@ -95,7 +96,7 @@ Transition = Callable[[AsyncConnection, Claim], Awaitable[object]]
 
 
 async def _claim(db: AsyncConnection, held: Claim) -> object:
-    return await leases.claim(db, held.run.id, worker="w", lease_seconds=60, image_digest="")
+    return await leases.claim(db, held.run.id, worker="w", lease_seconds=60, build=Build())
 
 
 async def _resume(db: AsyncConnection, held: Claim) -> object:
@@ -286,7 +287,7 @@ def test_one_of_ten_claims_wins(database_url: str) -> None:
 
         async def one(run_id: UUID) -> Claim | None:
             async with engine.connect() as db:
-                return await leases.claim(db, run_id, worker="w", lease_seconds=9, image_digest="")
+                return await leases.claim(db, run_id, worker="w", lease_seconds=9, build=Build())
 
         try:
             async with engine.connect() as db:

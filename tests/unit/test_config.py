@@ -58,6 +58,10 @@ def test_an_empty_variable_is_a_missing_one(env: pytest.MonkeyPatch) -> None:
         ("DRAIN_SECONDS", SECRET),
         ("DRAIN_SECONDS", "nan"),
         ("LEASE_SECONDS", "inf"),
+        ("STAND_IN_MODEL_URL", SECRET),
+        ("MIN_WORKERS", "-1"),
+        ("MAX_WORKERS", "0"),
+        ("TARGET_DRAIN_SECONDS", "0"),
         ("EGRESS_TRUSTED_ORIGINS", f"wiki.{SECRET}"),
         ("EGRESS_TRUSTED_ORIGINS", "https://wiki.internal/path"),
         ("EGRESS_TRUSTED_ORIGINS", "http://wiki.internal:65536"),
@@ -71,6 +75,30 @@ def test_a_malformed_variable_is_named_and_not_shown(env: pytest.MonkeyPatch, na
         load_settings()
     assert SECRET not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_fewest_workers_are_not_more_than_most(env: pytest.MonkeyPatch) -> None:
+    env.setenv("MIN_WORKERS", "11")
+    with pytest.raises(ConfigurationError, match=r"^MAX_WORKERS is malformed: must not be below MIN_WORKERS$"):
+        load_settings()
+
+
+@pytest.mark.parametrize("environment", ["staging", "Production"])
+def test_the_stand_in_model_is_for_development_only(env: pytest.MonkeyPatch, environment: str) -> None:
+    env.setenv("STAND_IN_MODEL_URL", "http://model:8080/v1")
+    assert load_settings().model_access() == ("stand-in", "http://model:8080/v1")
+    env.setenv("ENVIRONMENT", environment)
+    with pytest.raises(ConfigurationError, match=r"^ENVIRONMENT is malformed: does not go with STAND_IN_MODEL_URL"):
+        load_settings()
+
+
+def test_a_key_of_the_provider_comes_before_the_stand_in(env: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=r"^OPENAI_API_KEY is missing: "):
+        load_settings().model_access()
+    env.setenv("STAND_IN_MODEL_URL", "http://model:8080/v1")
+    env.setenv("OPENAI_API_KEY", SECRET)
+    assert load_settings().model_access() == (SECRET, None)
+    assert not load_settings().is_stand_in
 
 
 def test_everything_that_is_wrong_is_told_at_once(env: pytest.MonkeyPatch) -> None:
@@ -91,7 +119,7 @@ def test_a_file_in_the_secrets_directory_counts_and_the_environment_wins(
     settings = load_settings()
     assert settings.database_url.get_secret_value() == DATABASE_URL
     assert settings.redis_url.get_secret_value() == REDIS_URL
-    assert settings.require_model_key().get_secret_value() == SECRET
+    assert settings.model_access() == (SECRET, None)
 
 
 def test_secrets_do_not_print(env: pytest.MonkeyPatch) -> None:
@@ -112,11 +140,6 @@ def test_names_of_states_may_be_written_in_capitals(env: pytest.MonkeyPatch) -> 
     env.setenv("LOG_LEVEL", "WARNING")
     env.setenv("ENVIRONMENT", "Production")
     assert (load_settings().log_level, load_settings().environment) == ("warning", "production")
-
-
-def test_only_the_worker_misses_a_model_key(env: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigurationError, match=r"^OPENAI_API_KEY is missing"):
-        load_settings().require_model_key()
 
 
 def test_the_example_has_every_setting_with_its_default() -> None:

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from pydantic import SecretStr
 
 from app.config import Settings
+from app.domain.build import Build
 from app.domain.errors import ModelUnavailable
 from app.domain.run import RunStatus, StopReason
 from app.domain.step import Usage
@@ -47,7 +48,7 @@ def observer_with(processor: SpanProcessor) -> Observer:
     agents = load_agents(["tests.agents"])
     tracer = Tracer(SETTINGS, worker="w", redaction=Redaction())
     tracer.provider.add_span_processor(processor)
-    metrics = WorkerMetrics(make_registry(image_digest="", environment="development"), agents, model=None)
+    metrics = WorkerMetrics(make_registry(Build()), agents, model=None)
     return Observer(metrics=metrics, agents=agents, tracer=tracer)
 
 

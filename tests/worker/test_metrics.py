@@ -15,6 +15,7 @@ from psycopg.rows import tuple_row
 from app import __version__
 from app.devstack.stack import Worker
 from app.domain.agent import Agent, OnLimit
+from app.domain.build import Build
 from app.domain.people import ask_human
 from app.domain.review import ReviewKind
 from app.domain.run import StopReason
@@ -97,7 +98,8 @@ def slow_run(stack: Stack, client: httpx.Client, *, seconds: float, then: int = 
 def patient(stack: Stack) -> Iterator[Worker]:
     """The only worker, with leases so long that no heartbeat falls into a test."""
     stack.worker.stop()
-    worker = stack.another_worker("patient", LEASE_SECONDS="60", IMAGE_DIGEST="sha256:0123", ENVIRONMENT="staging")
+    build = {"IMAGE_DIGEST": "sha256:0123", "GIT_REVISION": "4f90d69", "ENVIRONMENT": "staging"}
+    worker = stack.another_worker("patient", LEASE_SECONDS="60", **build)
     worker.start()
     yield worker
     worker.stop()
@@ -323,7 +325,7 @@ def test_lease_losses_and_rescues_are_counted_and_cancellations_are_neither(
         ("cancelled",): 1,
     }
     assert total(scraped(patient), f"{OURS}build_info") == 1
-    build = {"version": __version__, "image_digest": "sha256:0123", "environment": "staging"}
+    build = {"version": __version__, "image_digest": "sha256:0123", "git_revision": "4f90d69", "environment": "staging"}
     assert total(scraped(patient), f"{OURS}build_info", **build) == 1
 
 
@@ -430,7 +432,7 @@ READER = Agent(name="reader", instructions="Read.", tools=(look,), model="small"
 
 def made() -> WorkerMetrics:
     agents = {"writer": WRITER, "reader": READER}
-    return WorkerMetrics(make_registry(image_digest="", environment="development"), agents, model=None)
+    return WorkerMetrics(make_registry(Build()), agents, model=None)
 
 
 def counted(metrics: WorkerMetrics) -> Samples:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from app.db import leases, runs, sweep
 from app.db.engine import make_engine, transactional
 from app.domain.agent import OnExpiry
+from app.domain.build import Build
 from app.domain.errors import QueueUnavailable
 from app.domain.run import Claim, Priority, Run, RunStatus, StopReason
 from app.queue import RunQueue
@@ -55,7 +56,7 @@ async def claimed(engine: AsyncEngine, *, lease_seconds: float = 60) -> Claim:
     async with engine.connect() as connection:
         run = await runs.accept(connection, new_run(), AMPLE)
         assert run is not None
-        held = await leases.claim(connection, run.id, worker="w", lease_seconds=lease_seconds, image_digest="")
+        held = await leases.claim(connection, run.id, worker="w", lease_seconds=lease_seconds, build=Build())
         assert held is not None
         return held
 
