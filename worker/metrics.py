@@ -179,6 +179,7 @@ class WorkerMetrics:
             "Spans that are lost for a tracing back end.",
             *("back_end", "reason"),
         )
+        self._drops: dict[tuple[str, Drop], Counter] = {}
         self.loop_lag = EventLoopLag(registry)
         for outcome in Rescue:
             self._rescued.labels(outcome)
@@ -219,7 +220,7 @@ class WorkerMetrics:
         for name in names:
             self._sent.labels(name)
             for reason in Drop:
-                self._dropped.labels(name, reason)
+                self._drop(name, reason)
 
     def run_claimed(self, run: Run) -> None:
         """A worker has taken it: its wait in the queue is over (`queued_at` to `running_since`)."""
@@ -294,11 +295,18 @@ class WorkerMetrics:
 
     def spans_dropped(self, back_end: str, reason: Drop, spans: int) -> None:
         """They are lost for it."""
-        self._dropped.labels(back_end, reason).inc(spans)
+        self._drop(back_end, reason).inc(spans)
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def _drop(self, back_end: str, reason: Drop) -> Counter:
+        """Looked up once: where no back end takes anything, this is all that its spans cost."""
+        found = self._drops.get((back_end, reason))
+        if found is None:
+            found = self._drops[back_end, reason] = self._dropped.labels(back_end, reason)
+        return found
 
     def _agent(self, name: str) -> str:
         return name if name in self._models else OTHER

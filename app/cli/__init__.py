@@ -6,6 +6,7 @@ audit.
 Exit codes: 0 done, 1 it did not work, 2 wrong usage or a wrong setting. Commands import what they need when they run.
 """
 
+import signal
 import sys
 
 import click
@@ -24,6 +25,8 @@ __all__ = ["cli", "main"]
 
 def main() -> None:
     """Entry point of `agent-service`."""
+    # As the first process of a container it would not be ended by SIGTERM, if nobody said so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cli(prog_name="agent-service")
     except ConfigurationError as error:

@@ -1,6 +1,7 @@
 """The service's processes, and what comes before them: `migrate`, `api`, `worker`."""
 
 import os
+import signal
 import socket
 import sys
 
@@ -65,11 +66,16 @@ def api() -> None:
     except OSError as error:
         where = f"{settings.api_host}:{settings.api_port}"
         raise ConfigurationError(f"API_HOST, API_PORT: cannot listen on {where}: {error.strerror}") from error
+    # uvicorn raises the signal again when it has served its last request: that is a good end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
 
 
 @click.command()
 def worker() -> None:
     """Execute runs."""
+    # A SIGTERM that comes between the two waits until the worker can hear it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     # The API's side of the service must not import the worker's, so this process becomes one.
     os.execv(sys.executable, [sys.executable, "-m", "worker"])  # noqa: S606 - no shell, nothing from outside

@@ -1,4 +1,4 @@
-"""HTTP on 127.0.0.1 for the stand-in model server: plain ASGI under uvicorn, with the power to break a connection."""
+"""HTTP for the stand-in model server: plain ASGI under uvicorn, with the power to break a connection."""
 
 import asyncio
 import signal
@@ -117,13 +117,13 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(application: Application, port: int, *, ready: Callable[[str], None]) -> None:
+def serve(application: Application, port: int, *, ready: Callable[[str], None], host: str = LOOPBACK) -> None:
     """Serve until SIGTERM or SIGINT, then exit with 0. `ready` gets the address; port 0 takes a free one.
 
     Raises `OSError` where the port is taken.
     """
-    listener = socket.create_server((LOOPBACK, port))
-    address = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
+    listener = socket.create_server((host, port))
+    address = f"http://{host}:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         application,
         http=_Protocol,

@@ -18,7 +18,7 @@ import click
 from pydantic import BaseModel, Field, ValidationError
 
 from app.devstack import brain
-from app.devstack.loopback import EVENT_STREAM, JSON, ClientLeft, Exchange, Receive, Scope, Send, serve
+from app.devstack.loopback import EVENT_STREAM, JSON, LOOPBACK, ClientLeft, Exchange, Receive, Scope, Send, serve
 from app.devstack.model_scripts import REPLIES, ScriptError, Scripts
 from app.devstack.wire import ChatRequest, Completion, Fault, Reply, error_body, problem_of
 
@@ -166,7 +166,8 @@ def _explain(error: ValidationError) -> str:
 
 
 @click.command()
-@click.option("--port", default=0, show_default="a free one", help="Port on 127.0.0.1.")
+@click.option("--port", default=0, show_default="a free one", help="Port.")
+@click.option("--host", default=LOOPBACK, show_default=True, help="Address to bind.")
 @click.option(
     "--thinking-s",
     default=THINKING_SECONDS,
@@ -174,12 +175,13 @@ def _explain(error: ValidationError) -> str:
     envvar="STAND_IN_THINKING_S",
     help="Seconds for a reply that is not scripted, give or take a third.",
 )
-def main(port: int, thinking_s: float) -> None:
+def main(port: int, host: str, thinking_s: float) -> None:
     """Run the stand-in model server until SIGTERM or Ctrl-C."""
     try:
         serve(
             create_model_server(thinking_s=thinking_s),
             port,
+            host=host,
             ready=lambda address: print(f"stand-in model server: {address}/v1", flush=True),
         )
     except OSError as error:
