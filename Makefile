@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 PHOENIX := .venv-phoenix/ready
+DEPLOY := .venv-deploy/ready
 RULES := deploy/observability/prometheus
 
-.PHONY: help demo dev test test-phoenix check bench soak lock audit-deps clean
+.PHONY: help demo dev test test-phoenix check bench soak lock audit-deps verify-deploy simulate-scaling image test-containers sbom clean
 
 help:
 	@echo "make demo    one run from beginning to end, step by step"
@@ -13,11 +14,16 @@ help:
 	@echo "make test    all tests, on real servers"
 	@echo "make test-phoenix  one run's trace in a real Phoenix, which is installed the first time (650 MB)"
 	@echo "make check   format, lint, types, import contracts, locks, alerts"
+	@echo "make image   the image agent-service:dev, of this commit"
+	@echo "make test-containers  image, compose file and promotion, on the Docker Engine of this machine"
+	@echo "make verify-deploy  Dockerfile, manifests and workflows, asked about with the tools that know them"
 	@echo "make bench   the measurements"
+	@echo "make simulate-scaling  bursty traffic, replayed against the number of workers; draws docs/scaling.svg"
 	@echo "make soak    thousands of runs while workers, Valkey and Postgres are killed; MINUTES=15;"
 	@echo "             then everything that can be sent to the API; FUZZ_MINUTES=20"
 	@echo "make lock    renew the lock files; with UPGRADE=1 to the newest versions"
 	@echo "make audit-deps  known vulnerabilities of requirements.lock, where their database can be reached"
+	@echo "make sbom    the bill of materials of requirements.lock: dist/sbom.json (CycloneDX)"
 	@echo "make clean   remove what was made here, the development data too"
 
 demo: $(READY)
@@ -42,6 +48,18 @@ check: $(READY)
 	.ci/promtool check config --lint=all --lint-fatal $(RULES)/prometheus.yml
 	.ci/promtool test rules $(RULES)/rules_test.yml $(RULES)/rules_days_test.yml
 
+verify-deploy: $(READY) $(DEPLOY)
+	$(BIN)/pytest --numprocesses=2 tests/deploy $(ARGS)
+
+simulate-scaling: $(READY)
+	$(BIN)/python -m tests.scaling --svg docs/scaling.svg $(ARGS)
+
+image:
+	docker build --build-arg GIT_REVISION=$$(git rev-parse HEAD) --tag agent-service:dev .
+
+test-containers: $(READY)
+	$(BIN)/pytest tests/containers $(ARGS)
+
 bench: $(READY)
 	$(BIN)/python -m tests.bench $(ARGS)
 
@@ -52,11 +70,16 @@ soak: $(READY)
 audit-deps: $(READY)
 	@$(BIN)/python .ci/audit_deps.py $(ARGS)
 
+sbom: $(DEPLOY)
+	@mkdir -p dist
+	.venv-deploy/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --output-file dist/sbom.json
+
 lock: $(READY)
 	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)
 
 clean:
-	rm -rf .venv .venv-phoenix .dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	rm -rf .venv .venv-phoenix .venv-deploy .dev .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist
 	find app worker migrations tests .ci -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): requirements-dev.lock pyproject.toml .ci/venv
@@ -65,4 +88,8 @@ $(READY): requirements-dev.lock pyproject.toml .ci/venv
 
 $(PHOENIX): requirements-phoenix.lock .ci/phoenix | $(READY)
 	@PYTHON=$(PYTHON) .ci/phoenix
+	@touch $@
+
+$(DEPLOY): requirements-deploy.lock .ci/deploy | $(READY)
+	@PYTHON=$(PYTHON) .ci/deploy
 	@touch $@

@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUN_TIME = "requirements.lock"
 DEVELOPMENT = "requirements-dev.lock"
+DEPLOYMENT = "requirements-deploy.lock"
+"""Of the tools that `make verify-deploy` and `make sbom` run, in an environment of their own."""
 PHOENIX = "requirements-phoenix.lock"
 """Of the server that `make test-phoenix` starts, in an environment of its own: nothing of ours depends on it."""
 PHOENIX_ITSELF = "arize-phoenix>=20,<21"
@@ -22,12 +24,15 @@ PHOENIX_ITSELF = "arize-phoenix>=20,<21"
 
 def asked_for(lock: str) -> str:
     """The first line of a lock file, as it has to be."""
-    wishes: object = PHOENIX_ITSELF
-    if lock != PHOENIX:
-        pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-        project = pyproject["project"]
-        wishes = [project["requires-python"], project["dependencies"], pyproject["dependency-groups"]]
-    return f"# Made by `make lock` for {hashlib.sha256(json.dumps(wishes).encode()).hexdigest()}"
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, groups = pyproject["project"], pyproject["dependency-groups"]
+    wishes: dict[str, object] = {
+        RUN_TIME: [project["requires-python"], project["dependencies"]],
+        DEVELOPMENT: [project["requires-python"], project["dependencies"], groups["dev"]],
+        DEPLOYMENT: [project["requires-python"], groups["deploy"]],
+        PHOENIX: PHOENIX_ITSELF,
+    }
+    return f"# Made by `make lock` for {hashlib.sha256(json.dumps(wishes[lock]).encode()).hexdigest()}"
 
 
 def renew(*, upgrade: bool) -> None:
@@ -35,13 +40,14 @@ def renew(*, upgrade: bool) -> None:
     newest = ["--upgrade"] if upgrade else []
     _compile(RUN_TIME, "pyproject.toml", *newest)
     _compile(DEVELOPMENT, "pyproject.toml", "--group=dev", f"--constraints={RUN_TIME}", *newest)
+    _compile(DEPLOYMENT, "--group=deploy", *newest)
     _compile(PHOENIX, "-", *newest)
 
 
-def _compile(lock: str, source: str, *options: str) -> None:
+def _compile(lock: str, *options: str) -> None:
     subprocess.run(
         [
-            *(sys.executable, "-m", "uv", "pip", "compile", source, "--output-file", lock, "--quiet"),
+            *(sys.executable, "-m", "uv", "pip", "compile", "--output-file", lock, "--quiet"),
             *("--universal", "--python-version=3.11", "--generate-hashes", "--no-emit-index-url", "--no-header"),
             *options,
         ],
@@ -56,7 +62,7 @@ def _compile(lock: str, source: str, *options: str) -> None:
 
 def problems() -> list[str]:
     """What is wrong with the lock files, without asking anybody."""
-    texts = {name: (ROOT / name).read_text() for name in (RUN_TIME, DEVELOPMENT, PHOENIX)}
+    texts = {name: (ROOT / name).read_text() for name in (RUN_TIME, DEVELOPMENT, DEPLOYMENT, PHOENIX)}
     found = [
         f"{name} was made for something else" for name, text in texts.items() if not text.startswith(asked_for(name))
     ]

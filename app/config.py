@@ -17,6 +17,7 @@ from app.domain.build import Build
 from app.domain.egress import read_origins
 from app.domain.errors import ConfigurationError, EgressRefused
 from app.domain.otlp import OtlpEndpoint, basic, check_url, read_otlp_endpoints
+from app.domain.scaling import ScalingRules
 from app.redaction import check_pattern
 
 DEFAULT_SECRETS_DIR = "/run/secrets"
@@ -284,6 +285,16 @@ class Settings(AuditSettings):
     def build(self) -> Build:
         """What is running."""
         return Build(image_digest=self.image_digest, git_revision=self.git_revision, environment=self.environment)
+
+    @property
+    def scaling(self) -> ScalingRules:
+        """What the number of workers is decided by, besides what there is to do."""
+        return ScalingRules(
+            slots_per_worker=self.worker_concurrency,
+            target_drain_s=self.target_drain_seconds,
+            min_workers=self.min_workers,
+            max_workers=self.max_workers,
+        )
 
     @property
     def is_stand_in(self) -> bool:

@@ -13,8 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from app.background import within
 from app.db.gauges import MAX_UNSEALED, STUCK, ServiceState, read_state
+from app.db.scaling import read_load
 from app.domain.review import ReviewKind, ReviewQueue
 from app.domain.run import RunStatus
+from app.domain.scaling import Load, ScalingRules, desired_workers
 from app.metrics import OTHER
 from app.registry import Registry
 
@@ -57,10 +59,14 @@ logger = logging.getLogger(__name__)
 class StateGauges(Collector):
     """Every process tells the same, so that their maximum is the service's; what cannot be read is not told."""
 
-    def __init__(self, registry: CollectorRegistry, engine: AsyncEngine, agents: Registry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, engine: AsyncEngine, agents: Registry, scaling: ScalingRules
+    ) -> None:
         self._engine = engine
         self._agents = agents
+        self._scaling = scaling
         self._state: ServiceState | None = None
+        self._load: Load | None = None
         self._fresh_until = 0.0
         self._one_at_a_time = asyncio.Lock()
         self._failures = Counter(
@@ -76,22 +82,37 @@ class StateGauges(Collector):
             if time.monotonic() < self._fresh_until:
                 return
             try:
-                self._state = await within(_PATIENCE_SECONDS, self._read())
+                self._state, self._load = await within(_PATIENCE_SECONDS, self._read())
             except (SQLAlchemyError, TimeoutError) as error:
-                self._state = None
+                self._state = self._load = None
                 self._failures.inc()
                 logger.warning("gauges of the service cannot be read: %s", error or "no answer in time")
             self._fresh_until = time.monotonic() + FRESH_SECONDS
 
-    async def _read(self) -> ServiceState:
+    async def load(self) -> Load | None:
+        """What the number of workers is decided by, not older than the gauges; None where it cannot be read."""
+        await self.refresh()
+        return self._load
+
+    async def _read(self) -> tuple[ServiceState, Load]:
         async with self._engine.connect() as connection:
-            return await read_state(connection)
+            return await read_state(connection), await read_load(connection)
 
     def collect(self) -> Iterator[Metric]:
         """As `prometheus_client` asks for them. Without a state there are their names alone."""
         state = self._state
         for name, documentation, field in _NUMBERS:
             yield GaugeMetricFamily(name, documentation, value=getattr(state, field) if state else None)
+        yield GaugeMetricFamily(
+            "agent_service_desired_workers",
+            "How many workers there should be now; GET /v1/scaling says why.",
+            value=desired_workers(self._load, self._scaling) if self._load else None,
+        )
+        yield GaugeMetricFamily(
+            "agent_service_max_workers",
+            "How many workers are asked for at most: MAX_WORKERS.",
+            value=self._scaling.max_workers,
+        )
         yield _by_labels(
             "agent_service_runs",
             "Runs that have not ended.",

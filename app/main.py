@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware import Middleware
 
 from app import __version__
-from app.api import agents, errors, health, reviews, runs, webhooks
+from app.api import agents, errors, health, reviews, runs, scaling, webhooks
 from app.api.deps import Services
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
@@ -44,6 +44,7 @@ _TAGS = [
     {"name": "reviews", "description": "What people have to decide."},
     {"name": "webhooks", "description": "Who is told of runs, and what was sent."},
     {"name": "agents", "description": "What can be asked."},
+    {"name": "scaling", "description": "How many workers there should be."},
     {"name": "health", "description": "Probes, and what is running. No key needed."},
 ]
 
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.agents = registry
     errors.install(app)
-    for resource in (runs, reviews, webhooks, agents, health):
+    for resource in (runs, reviews, webhooks, agents, scaling, health):
         app.include_router(resource.router)
     return app
 
@@ -129,7 +130,7 @@ async def _services(settings: Settings, registry: Registry) -> AsyncIterator[Ser
                 key_usage=key_usage,
                 trace_links=TraceLinks(settings),
                 metrics=Metrics(series, registry),
-                gauges=StateGauges(series, engine, registry),
+                gauges=StateGauges(series, engine, registry, settings.scaling),
                 newest_revision=newest_revision(),
             )
     finally:

@@ -1,4 +1,4 @@
-"""What the README shows, done."""
+"""What the README and docs/operate.md show, done."""
 
 import re
 import subprocess
@@ -18,6 +18,7 @@ from tests.scripts import DONE, Script, call, rest, steps_of, submit
 from tests.stack import Stack
 
 README = (ROOT / "README.md").read_text()
+OPERATE = (ROOT / "docs" / "operate.md").read_text()
 
 
 @pytest.fixture
@@ -82,9 +83,9 @@ def test_the_curl_lines_of_the_readme_work(stack: Stack, client: httpx.Client) -
     assert "lookup_order" in answers[1]
 
 
-def test_the_reviewers_commands_of_the_readme_work(stack: Stack, client: httpx.Client, tenant: str) -> None:
-    [creating] = re.findall(r"`(agent-service keys create [^`]*reviews:decide)`", README)
-    [deciding] = re.findall(r"```sh\n(export AGENT_SERVICE_KEY.*?)```", README, re.DOTALL)
+def test_the_reviewers_commands_work(stack: Stack, client: httpx.Client, tenant: str) -> None:
+    [creating] = re.findall(r"`(agent-service keys create [^`]*reviews:decide)`", OPERATE)
+    [deciding] = re.findall(r"```sh\n(export AGENT_SERVICE_KEY.*?)```", OPERATE, re.DOTALL)
     key = shell(creating.replace("acme", tenant), stack, DATABASE_URL=stack.database_url).strip()
     run = rest(client, submit(client, "support", "My teapot from order A-1001 arrived broken. I want a refund."))
     assert run["status"] == "waiting"
@@ -94,8 +95,8 @@ def test_the_reviewers_commands_of_the_readme_work(stack: Stack, client: httpx.C
     assert rest(client, run)["status"] == "succeeded"
 
 
-def test_the_keys_commands_of_the_readme_work(stack: Stack, database_url: str) -> None:
-    [block] = re.findall(r"```sh\n(agent-service keys create.*?)```", README, re.DOTALL)
+def test_the_keys_commands_work(stack: Stack, database_url: str) -> None:
+    [block] = re.findall(r"```sh\n(agent-service keys create.*?)```", OPERATE, re.DOTALL)
     creating, *others = block.splitlines()
     key = shell(creating, stack, DATABASE_URL=database_url).strip()
     told = shell("\n".join(others), stack, DATABASE_URL=database_url, KEY_ID=key.split("_")[1])
@@ -111,9 +112,9 @@ def test_the_webhook_of_the_documentation_is_created(stack: Stack, client: httpx
     assert '"secret":"whsec_' in shell(creating, stack, KEY=key).replace(": ", ":")
 
 
-def test_the_database_is_prepared_as_the_readme_says(stack: Stack) -> None:
-    [migrating] = re.findall(r"^OWNER_DATABASE_URL=.* migrate$", README, re.MULTILINE)
-    [role] = re.findall(r"`(CREATE ROLE service LOGIN PASSWORD '…')`", README)
+def test_the_database_is_prepared_as_is_said(stack: Stack) -> None:
+    [migrating] = re.findall(r"^OWNER_DATABASE_URL=.* migrate$", OPERATE, re.MULTILINE)
+    [role] = re.findall(r"`(CREATE ROLE service LOGIN PASSWORD '…')`", OPERATE)
     user = f"service_{uuid4().hex[:12]}"
     owner = stack.postgres.create_database(user)
     service = urlsplit(owner)._replace(netloc=f"{user}:x@{urlsplit(owner).netloc.partition('@')[2]}").geturl()
@@ -129,10 +130,8 @@ def test_the_database_is_prepared_as_the_readme_says(stack: Stack) -> None:
             admin.execute(f"DROP ROLE IF EXISTS {user}")
 
 
-def test_the_audits_commands_of_the_readme_work(
-    stack: Stack, database_url: str, owner_url: str, tmp_path: Path
-) -> None:
-    [block] = re.findall(r"```sh\n(agent-service audit.*?)```", README, re.DOTALL)
+def test_the_audits_commands_work(stack: Stack, database_url: str, owner_url: str, tmp_path: Path) -> None:
+    [block] = re.findall(r"```sh\n(agent-service audit.*?)```", OPERATE, re.DOTALL)
     shell(block, stack, cwd=tmp_path, DATABASE_URL=database_url, OWNER_DATABASE_URL=owner_url)
     assert {file.name for file in tmp_path.iterdir()} == {"signing-key.pem", "public-key.pem", "audit.jsonl.gz"}
 
@@ -140,7 +139,7 @@ def test_the_audits_commands_of_the_readme_work(
 COMMAND = r"agent-service ([a-z]+(?: (?:create|list|show|decide|keygen|verify|export|erase|retain|rotate|revoke|set))?)"
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(COMMAND, README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(COMMAND, README + OPERATE))))
 def test_the_commands_of_the_readme_exist(command: str) -> None:
     subprocess.run([sys.executable, "-m", "app", *command.split(), "--help"], check=True, capture_output=True)
 

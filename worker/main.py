@@ -37,6 +37,7 @@ from worker.queue_worker import ConcurrentWorker
 from worker.reporter import Reporter
 from worker.sealer import open_sealer
 from worker.sweeper import Sweeper
+from worker.task_protection import protected_while_busy
 from worker.telemetry import Telemetry, open_telemetry
 from worker.tools.call import ToolCaller
 from worker.watchdog import Watchdog
@@ -187,11 +188,11 @@ async def run_worker(settings: Settings) -> None:
 
         feeder = Feeder(redis_url, make_queue_worker)
         metrics.watch_slots(settings.worker_concurrency, lambda: feeder.busy, is_closed=ending.asked.is_set)
+        await stack.enter_async_context(protected_while_busy(lambda: feeder.busy))
         feeding = loop.run_in_executor(ThreadPoolExecutor(1, thread_name_prefix="feeder"), feeder.feed)
         logger.info("worker started", extra={"fields": {"worker": name, "slots": settings.worker_concurrency}})
-        asked = await stack.enter_async_context(in_background(ending.asked.wait()))
-        ends: list[asyncio.Future[Any]] = [feeding, asked, *vital]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        asked: asyncio.Future[Any] = await stack.enter_async_context(in_background(ending.asked.wait()))
+        await asyncio.wait([feeding, asked, *vital], return_when=asyncio.FIRST_COMPLETED)
         ending.ask()
         if deliverer:
             deliverer.stop()

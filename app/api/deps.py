@@ -63,7 +63,8 @@ class _ApiKey(SecurityBase):
     scheme_name = "apiKey"
     model = HTTPBearer(
         bearerFormat="ask_<id>_<secret>",
-        description="An API key. Each operation names the scope that the key needs; `admin` includes all.",
+        description="An API key. Each operation names the scope that the key needs; `admin` includes all that are about"
+        " the key's tenant.",
     )
 
     def __init__(self, *, or_else: Scope | None = None) -> None:
@@ -109,6 +110,7 @@ _reviewers_key = _ApiKey(or_else=Scope.REVIEWS_ESCALATED)  # which of the two it
 RunReader = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_READ.value])]
 RunWriter = Annotated[Principal, Security(_api_key, scopes=[Scope.RUNS_WRITE.value])]
 AuditReader = Annotated[Principal, Security(_api_key, scopes=[Scope.AUDIT_READ.value])]
+Scaler = Annotated[Principal, Security(_api_key, scopes=[Scope.SCALING_READ.value])]
 Admin = Annotated[Principal, Security(_api_key, scopes=[Scope.ADMIN.value])]
 ReviewReader = Annotated[Principal, Security(_api_key, scopes=[Scope.REVIEWS_READ.value])]
 Reviewer = Annotated[Principal, Security(_reviewers_key, scopes=[Scope.REVIEWS_DECIDE.value])]

@@ -176,6 +176,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "redis": {"status": "away", "detail": "runs start late"},
         },
     },
+    "Scaling": {
+        "desired_workers": 3,
+        "queued": 180,
+        "running": 110,
+        "busy_workers": 2,
+        "slots_per_worker": 100,
+        "median_run_s": 4.2,
+        "target_drain_s": 30.0,
+        "min_workers": 1,
+        "max_workers": 10,
+    },
     "Live": {"status": "ok"},
     "Version": {
         "version": "0.1.0",

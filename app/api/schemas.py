@@ -256,6 +256,22 @@ class AgentList(Answer):
     next_cursor: None = None
 
 
+class Scaling(Answer):
+    """How many workers there should be, and what that follows from: all that is queued and running, of every tenant."""
+
+    desired_workers: int = Field(
+        ge=0, description="Start or stop workers until there are so many: up at once, down slowly."
+    )
+    queued: int = Field(ge=0, description="Runs that no worker holds, and that could be taken now.")
+    running: int = Field(ge=0, description="Runs that workers hold.")
+    busy_workers: int = Field(ge=0, description="Workers that hold a run.")
+    slots_per_worker: int = Field(ge=1, description="Runs that one worker executes at a time.")
+    median_run_s: float = Field(ge=0, description="What runs take: the median of those that ended lately.")
+    target_drain_s: float = Field(gt=0, description="Seconds in which what is queued should have been taken.")
+    min_workers: int = Field(ge=0, description="The fewest that are asked for.")
+    max_workers: int = Field(ge=1, description="The most that are asked for, however many are busy.")
+
+
 class Part(Answer):
     """One thing that the service needs."""
 

@@ -128,6 +128,7 @@ runs = Table(
     Index("runs_waiting", "id", postgresql_where=text("status = 'waiting'")),
     Index("runs_to_enqueue", "id", postgresql_where=text("needs_enqueue")),
     Index("runs_unreported", "id", postgresql_where=text("unreported")),
+    Index("runs_ended", "ended_at", postgresql_where=text("ended_at IS NOT NULL AND started_at IS NOT NULL")),
     Index("runs_in_flight", "api_key_id", postgresql_where=text("status IN ('queued', 'running')")),
 )
 

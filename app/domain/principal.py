@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Scope(StrEnum):
-    """What a key may do. `admin` includes all of them, within the key's tenant."""
+    """What a key may do. `admin` includes all that are about the key's tenant: all but `scaling:read`."""
 
     RUNS_READ = "runs:read"
     RUNS_WRITE = "runs:write"
@@ -14,10 +14,13 @@ class Scope(StrEnum):
     REVIEWS_ESCALATED = "reviews:escalated"
     """Decide what nobody of the first queue decided in time."""
     AUDIT_READ = "audit:read"
+    SCALING_READ = "scaling:read"
+    """How much the whole service has to do: counts over all tenants, and nobody's data. For autoscalers."""
     ADMIN = "admin"
 
 
 _OF_BACKENDS = frozenset({Scope.RUNS_READ, Scope.RUNS_WRITE})
+_OF_NO_TENANT = frozenset({Scope.SCALING_READ})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class Principal:
     limits: KeyLimits = KeyLimits()
 
     def has(self, scope: Scope) -> bool:
-        return scope in self.scopes or Scope.ADMIN in self.scopes
+        return scope in self.scopes or (Scope.ADMIN in self.scopes and scope not in _OF_NO_TENANT)
 
     @property
     def is_operator(self) -> bool:

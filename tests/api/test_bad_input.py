@@ -355,6 +355,7 @@ def test_a_key_is_refused_from_the_moment_it_is_revoked(stack: Stack, tenant: st
         ("GET", "/v1/runs/{id}/steps", Scope.RUNS_READ),
         ("GET", "/v1/agents", Scope.RUNS_READ),
         ("GET", "/v1/runs/{id}/audit", Scope.AUDIT_READ),
+        ("GET", "/v1/scaling", Scope.SCALING_READ),
         ("GET", "/v1/reviews", Scope.REVIEWS_READ),
         ("GET", "/v1/reviews/{id}", Scope.REVIEWS_READ),
         ("POST", "/v1/reviews/{id}/decision", Scope.REVIEWS_DECIDE),

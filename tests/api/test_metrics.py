@@ -100,7 +100,7 @@ def test_every_series_is_there_from_the_beginning(start_api: StartApi) -> None:
     }
     assert found[accepted("support")] == found[accepted("clerk")] == 0
     assert ("agent_service_event_loop_lag_seconds_count",) in found
-    assert found["agent_service_build_info", "staging", "sha256:abc", __version__] == 1
+    assert found["agent_service_build_info", "staging", "", "sha256:abc", __version__] == 1
     gauges = gauges_of(found)
     assert {name[0] for name in gauges} == set(GAUGES)
     assert set(gauges.values()) == {0}

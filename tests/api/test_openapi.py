@@ -53,6 +53,7 @@ def test_every_operation_is_described(document: Json) -> None:
         ("get", "/v1/runs/{run_id}/audit"),
         ("post", "/v1/runs/{run_id}/cancel"),
         ("get", "/v1/agents"),
+        ("get", "/v1/scaling"),
         ("get", "/v1/reviews"),
         ("get", "/v1/reviews/{review_id}"),
         ("post", "/v1/reviews/{review_id}/decision"),
