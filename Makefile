@@ -43,6 +43,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy .ci/lock.py .ci/audit_deps.py
+	for program in deploy/smoke.py deploy/cloudrun/*.py; do $(BIN)/mypy $$program || exit 1; done
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/lock.py --check
 	.ci/promtool check config --lint=all --lint-fatal $(RULES)/prometheus.yml
