@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from app.config import Settings
 from app.registry import Registry
+from app.startup import loading
 from worker.metrics import WorkerMetrics
 from worker.observer import Observer
 
@@ -29,12 +30,13 @@ def open_telemetry(settings: Settings, *, worker: str, agents: Registry, metrics
     """`worker`: this process' name in spans."""
     if not settings.is_traced:
         return Telemetry(Observer(metrics=metrics, agents=agents))
-    from app.redaction import Redaction  # noqa: PLC0415
-    from worker.exporters import open_exporters  # noqa: PLC0415
-    from worker.tracing import Tracer  # noqa: PLC0415
+    with loading():
+        from app.redaction import Redaction  # noqa: PLC0415
+        from worker.exporters import open_exporters  # noqa: PLC0415
+        from worker.tracing import Tracer  # noqa: PLC0415
 
-    redaction = Redaction(settings.secrets, settings.redact_patterns)
-    tracer = Tracer(settings, worker=worker, redaction=redaction)
-    exporters = open_exporters(settings, tracer.provider, metrics)
-    tracer.skip = exporters.skip
+        redaction = Redaction(settings.secrets, settings.redact_patterns)
+        tracer = Tracer(settings, worker=worker, redaction=redaction)
+        exporters = open_exporters(settings, tracer.provider, metrics)
+        tracer.skip = exporters.skip
     return Telemetry(Observer(metrics=metrics, agents=agents, tracer=tracer, scorer=exporters), exporters)

@@ -32,6 +32,7 @@ def compose(image: str, project_name: str) -> Iterator[Compose]:
         "LEASE_SECONDS": "5",
         "DRAIN_SECONDS": "8",
         "STAND_IN_THINKING_S": "1.5",
+        "PROMETHEUS_PORT": "0",
     }
     project = Compose(project_name, env)
     try:
@@ -234,16 +235,16 @@ def test_a_worker_that_dies_is_started_again(compose: Compose, client: httpx.Cli
 
 def test_prometheus_sees_every_process(compose: Compose) -> None:
     compose("--profile", "observability", "up", "--detach", "--no-build", "prometheus")
-    ask = "http://127.0.0.1:9090/api/v1/query?query=sum%20by%20(job)%20(up)"
+    prometheus = f"http://{compose('port', 'prometheus', '9090').strip()}/api/v1"
 
     def seen() -> set[tuple[str, str]]:
         with suppress(httpx.HTTPError):
-            found = httpx.get(ask).json()["data"]["result"]
+            found = httpx.get(f"{prometheus}/query", params={"query": "sum by (job) (up)"}).json()["data"]["result"]
             return {(series["metric"]["job"], series["value"][1]) for series in found}
         return set()
 
     until(lambda: seen() == {("agent-service-api", "1"), ("agent-service-worker", "1")})
-    rules = httpx.get("http://127.0.0.1:9090/api/v1/rules").json()["data"]["groups"]
+    rules = httpx.get(f"{prometheus}/rules").json()["data"]["groups"]
     assert sum(len(group["rules"]) for group in rules) > 10
 
 
