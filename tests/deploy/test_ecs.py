@@ -406,3 +406,11 @@ def test_a_call_of_the_scaler_ends_before_the_next() -> None:
     assert (looks - 1) * between + 10 <= function["Timeout"] <= 60
     assert function["ReservedConcurrentExecutions"] == 1
     assert len(code) <= 4096  # all that fits into a template
+
+
+@pytest.mark.parametrize("role", ["api", "worker", "migrate"])
+def test_each_role_has_the_rights_of_no_other(role: str) -> None:
+    rights = json.dumps([task(role)["ExecutionRoleArn"], task(role).get("TaskRoleArn")])
+    others = {"Api", "Worker", "Migrate"} - {role.capitalize()}
+    assert not [other for other in others if other in rights], rights
+    assert role.capitalize() in rights
