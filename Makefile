@@ -14,7 +14,7 @@ help:
 	@echo "make test    all tests, on real servers"
 	@echo "make test-phoenix  one run's trace in a real Phoenix, which is installed the first time (650 MB)"
 	@echo "make check   format, lint, types, import contracts, locks, alerts"
-	@echo "make image   the image agent-service:dev, of this commit"
+	@echo "make image   the image agent-service:dev, of this commit; IMAGE=… names it otherwise"
 	@echo "make test-containers  image, compose file and promotion, on the Docker Engine of this machine"
 	@echo "make verify-deploy  Dockerfile, manifests and workflows, asked about with the tools that know them"
 	@echo "make bench   the measurements"
@@ -56,7 +56,7 @@ simulate-scaling: $(READY)
 	$(BIN)/python -m tests.scaling --svg docs/scaling.svg $(ARGS)
 
 image:
-	docker build --build-arg GIT_REVISION=$$(git rev-parse HEAD) --tag agent-service:dev .
+	docker build --build-arg GIT_REVISION=$(or $(REVISION),$$(git rev-parse HEAD)) --tag $(or $(IMAGE),agent-service:dev) .
 
 test-containers: $(READY)
 	$(BIN)/pytest tests/containers $(ARGS)

@@ -7,7 +7,6 @@ from uuid import uuid4
 import pytest
 
 from app.devstack.stack import ROOT
-from tests.containers.engine import docker
 
 BASE = "python:3.13-slim-trixie"
 REVISION = "4f90d69c0ffee4f90d69c0ffee4f90d69c0ffee0"
@@ -18,7 +17,9 @@ REVISION = "4f90d69c0ffee4f90d69c0ffee4f90d69c0ffee0"
 def image() -> Iterator[str]:
     """Its name."""
     name = f"agent-service:test-{uuid4().hex[:8]}"
-    docker("build", "--quiet", "--build-arg", f"GIT_REVISION={REVISION}", "--tag", name, ".", seconds=900)
+    command = ["make", "image", f"IMAGE={name}", f"REVISION={REVISION}"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
     yield name
     subprocess.run(["docker", "rmi", "--force", name], cwd=ROOT, capture_output=True, check=False)
 
