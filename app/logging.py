@@ -10,6 +10,7 @@ import math
 import re
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +67,7 @@ def bound_fields() -> Mapping[str, Any]:
     return _bound.get() or {}
 
 
-class _Formatter(logging.Formatter):
+class _Formatter(logging.Formatter, ABC):
     """`hide`: applied to all text of a line."""
 
     def __init__(self, hide: Callable[[str], str]) -> None:
@@ -82,8 +83,8 @@ class _Formatter(logging.Formatter):
             # Logging's own report of it would not be one of our lines.
             return self._line(record, f"not a line that can be written: {record.msg!r:.200}", {"error": repr(error)})
 
-    def _line(self, record: logging.LogRecord, event: str, fields: dict[str, Any]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _line(self, record: logging.LogRecord, event: str, fields: dict[str, Any]) -> str: ...
 
     def _exception(self, record: logging.LogRecord) -> str | None:
         return self.formatException(record.exc_info) if record.exc_info else None
