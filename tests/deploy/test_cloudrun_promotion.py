@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -457,7 +458,7 @@ def test_gcloud_understands_every_command_of_the_scripts(
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text("{}")
     calls = [
-        [re.sub(r"/tmp/.*\.yaml$", str(manifest), word) for word in call]
+        [re.sub(rf"{tempfile.gettempdir()}/.*\.yaml$", str(manifest), word) for word in call]
         for call in google.calls
         if call[0] == "gcloud"
     ]
