@@ -45,18 +45,6 @@ class Content:
         """As the semantic conventions have it. Only where content is shown."""
         return _dump([_text_part(self._shown(text))])
 
-    def input(self, value: JsonValue) -> str | None:
-        """A run's input, as the one message that it is."""
-        shown = self.value(value)
-        return None if shown is None else _dump([{"role": "user", "parts": [_text_part(shown)]}])
-
-    def output(self, value: JsonValue) -> str | None:
-        """A run's output, the same."""
-        shown = self.value(value) if value is not None else None
-        if shown is None:
-            return None
-        return _dump([{"role": "assistant", "parts": [_text_part(shown)], "finish_reason": "stop"}])
-
     def reply(self, reply: ModelReply) -> str | None:
         """A model's reply, as the list of one message."""
         if not self._is_shown:
@@ -120,6 +108,18 @@ class Conversation:
                 self._known[place:] = [(message, self._content.message(message))]
             texts.append(self._known[place][1])
         return f"[{','.join(_bounded(texts))}]"
+
+
+def input_message(shown: str | None) -> str | None:
+    """A run's input that may be shown so, as the list of the one message that it is."""
+    return None if shown is None else _dump([{"role": "user", "parts": [_text_part(shown)]}])
+
+
+def output_message(shown: str | None) -> str | None:
+    """A run's output, the same."""
+    if shown is None:
+        return None
+    return _dump([{"role": "assistant", "parts": [_text_part(shown)], "finish_reason": "stop"}])
 
 
 def _bounded(texts: Sequence[str]) -> Iterable[str]:

@@ -50,6 +50,8 @@ OUTPUT = "output.value"
 OUTPUT_TYPE = "output.mime_type"
 CACHE_READ = "llm.token_count.prompt_details.cache_read"
 
+LANGFUSE_IS_ROOT = "langfuse.internal.is_app_root"
+"""What its SDK gives a trace's first span when that starts. Ours is made when everything below it is over."""
 LANGFUSE_TRACE_NAME = "langfuse.trace.name"
 LANGFUSE_METADATA = "langfuse.trace.metadata.{}"
 LANGFUSE_VERSION = "langfuse.version"

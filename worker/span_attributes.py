@@ -13,7 +13,7 @@ from app.domain.review import Review
 from app.domain.run import Run, RunStatus
 from app.domain.step import ToolState, ToolStep
 from worker import semconv
-from worker.content import Content
+from worker.content import Content, input_message, output_message
 from worker.llm.base import ModelReply
 
 Attributes = Mapping[str, AttributeValue | None]
@@ -44,10 +44,13 @@ def of_every_span(run: Run, content: Content) -> Attributes:
 def of_root(run: Run, content: Content) -> Attributes:
     """What became of the run. What its calls used has names of our own here, so that nobody adds it up twice."""
     usage = run.usage
+    asked = content.value(run.input)
+    answered = None if run.output is None else content.value(run.output)
     times = {"queued": run.time.queued_ms, "model": run.time.model_ms, "tools": run.time.tools_ms}
     return {
         semconv.KIND: "AGENT",
         semconv.LANGSMITH_KIND: "chain",
+        semconv.LANGFUSE_IS_ROOT: True,
         semconv.OPERATION: "invoke_agent",
         semconv.PROVIDER: semconv.OPENAI,
         semconv.STATUS: run.status,
@@ -64,9 +67,9 @@ def of_root(run: Run, content: Content) -> Attributes:
             semconv.LANGFUSE_METADATA.format(content.text(name)): content.text(value)
             for name, value in run.metadata.items()
         },
-        semconv.INPUT_MESSAGES: content.input(run.input),
-        semconv.OUTPUT_MESSAGES: content.output(run.output),
-        **_pair(content, run.input, run.output, otherwise=run.error or run.stop_reason or run.status),
+        semconv.INPUT_MESSAGES: input_message(asked),
+        semconv.OUTPUT_MESSAGES: output_message(answered),
+        **_pair(run.input, asked, run.output, answered or content.text(run.error or run.stop_reason or run.status)),
     }
 
 
@@ -96,25 +99,28 @@ def of_reply(reply: ModelReply, cost_usd: float | None, content: Content) -> Att
 
 def of_tool_call(step: ToolStep, name: str, *, is_known: bool, content: Content) -> Attributes:
     """A call and its result. A name or an id that the model made up is content."""
+    arguments, result = content.value(step.arguments), content.text(step.result)
     return {
         semconv.KIND: "TOOL",
         semconv.OPERATION: "execute_tool",
         semconv.TOOL_NAME: name,
         semconv.TOOL_TYPE: "function",
         semconv.TOOL_CALL_ID: content.text(step.call_id),
-        semconv.TOOL_ARGUMENTS: content.value(step.arguments),
-        semconv.TOOL_RESULT: content.text(step.result),
+        semconv.TOOL_ARGUMENTS: arguments,
+        semconv.TOOL_RESULT: result,
         semconv.TOOL_STATE: step.state,
         semconv.TOOL_EFFECT: step.effect if is_known else None,
         semconv.STEP: step.seq,
         semconv.ERROR_TYPE: step.state if step.state in FAILURES else None,
-        **_pair(content, step.arguments, step.result, otherwise=step.state),
+        **_pair(step.arguments, arguments, step.result, result or step.state),
     }
 
 
 def of_review(review: Review, content: Content) -> Attributes:
     """What a person was asked, and said. Not by the names of tool calls: they would make a call of it."""
     outcome = review.decision or review.status
+    answer = review.response or review.reason
+    answered = None if answer is None else content.value(answer)
     return {
         semconv.KIND: "CHAIN",
         semconv.LANGSMITH_KIND: "chain",
@@ -123,19 +129,17 @@ def of_review(review: Review, content: Content) -> Attributes:
         semconv.REVIEW_TOOL: review.tool,
         semconv.REVIEW_OUTCOME: outcome,
         semconv.REVIEWER: review.decided_by,
-        **_pair(content, review.arguments, review.response or review.reason, otherwise=outcome),
+        **_pair(review.arguments, content.value(review.arguments), answer, answered or outcome),
     }
 
 
-def _pair(content: Content, input_value: JsonValue, output_value: JsonValue, *, otherwise: str) -> Attributes:
-    """`otherwise`: what stands for an output that there is none of."""
-    output_value = otherwise if output_value in (None, "") else output_value
-    shown = content.value(input_value)
+def _pair(asked: JsonValue, shown: str | None, answered: JsonValue, shown_answer: str | None) -> Attributes:
+    """What went in and what came out, each with how it may be shown; nothing of either where that is not at all."""
     if shown is None:
         return {}
     return {
         semconv.INPUT: shown,
-        semconv.INPUT_TYPE: _TEXT if isinstance(input_value, str) else _JSON,
-        semconv.OUTPUT: content.value(output_value),
-        semconv.OUTPUT_TYPE: _TEXT if isinstance(output_value, str) else _JSON,
+        semconv.INPUT_TYPE: _TEXT if isinstance(asked, str) else _JSON,
+        semconv.OUTPUT: shown_answer,
+        semconv.OUTPUT_TYPE: _TEXT if answered is None or isinstance(answered, str) else _JSON,
     }

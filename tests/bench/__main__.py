@@ -88,9 +88,11 @@ def main() -> None:
             asyncio.run(measure_idle(table, stack, key))
         if "admission" in parts:
             table.rows(asyncio.run(measure_admission(stack, reaper)))
-        in_rounds = {"scenario": measure_scenario, "workers": measure_workers, "tracing": measure_tracing}
+        in_rounds = {"scenario": measure_scenario, "workers": measure_workers}
         for part in [part for part in parts if part in in_rounds]:
             table.rows(asyncio.run(in_rounds[part](stack, key, options.rounds)))
+        if "tracing" in parts:
+            table.rows(asyncio.run(measure_tracing(stack, options.rounds)))
         if "prometheus" in parts:
             table.rows(asyncio.run(measure_prometheus(stack, key, reaper)))
         if "waiting" in parts:

@@ -8,7 +8,7 @@ import pytest
 from app.domain.agent import Capture
 from app.domain.step import ToolCall, Usage
 from app.redaction import Redaction
-from worker.content import MAX_CHARS, MAX_CHARS_OF_MESSAGES, Content, Conversation
+from worker.content import MAX_CHARS, MAX_CHARS_OF_MESSAGES, Content, Conversation, input_message, output_message
 from worker.llm.base import Message, ModelReply
 
 SECRET = "the-password-of-the-database"
@@ -53,8 +53,8 @@ def test_a_value_is_json_still_when_something_of_it_is_hidden() -> None:
 def test_where_nothing_is_captured_nothing_is_shown_in_any_way() -> None:
     nothing = content(Capture.NONE)
     reply = ModelReply(content=TEXT, tool_calls=(), finish_reason="stop", usage=Usage())
-    assert nothing.input(TEXT) is None
-    assert nothing.output(TEXT) is None
+    assert input_message(nothing.value(TEXT)) is None
+    assert output_message(nothing.value(TEXT)) is None
     assert nothing.reply(reply) is None
     assert Conversation(nothing).shown([user(TEXT)]) is None
     assert Conversation(nothing).instructions([Message(role="system", content=TEXT)]) is None

@@ -24,6 +24,7 @@ from app.back_ends import BackEnd as Known
 from app.config import Settings, load_settings
 from tests import otlp
 from tests.otlp import Kind, Mode, receiver
+from worker import semconv
 from worker.exporters import Exporters, open_exporters
 from worker.exporters.batch import BATCH_SPANS, MOST_SPANS, Batcher
 from worker.exporters.delivery import ATTEMPT_SECONDS, MOST_BYTES, MOST_ITEMS, Delivery
@@ -172,13 +173,10 @@ def test_every_back_end_is_given_the_same_whole_trace(everything: All, kind: Kin
     }
 
 
-def test_langfuse_is_told_which_span_is_the_root_and_no_other(everything: All) -> None:
-    marked = [
-        span.name
-        for span in everything.receivers["langfuse"].spans(everything.run_id)
-        if span.attributes.get("langfuse.internal.is_app_root")
-    ]
-    assert marked == ["invoke_agent support"]
+def test_the_root_is_marked_as_langfuses_sdk_would() -> None:
+    from langfuse import LangfuseOtelSpanAttributes
+
+    assert LangfuseOtelSpanAttributes.IS_APP_ROOT == semconv.LANGFUSE_IS_ROOT
 
 
 def test_langfuse_is_given_the_scores(everything: All) -> None:

@@ -47,6 +47,7 @@ class Trace:
         assert self.root.trace_id == UUID(run["id"]).hex
         assert self.root.span_id == self.root.trace_id[16:]
         assert self.root.name == f"invoke_agent {run['agent']}"
+        assert [span for span in spans if span.attributes.get("langfuse.internal.is_app_root")] == [self.root]
         assert len({span.span_id for span in spans}) == len(spans)
         for span in self.below:
             assert span.parent_id == self.root.span_id

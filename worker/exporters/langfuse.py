@@ -15,8 +15,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import httpx
-from opentelemetry.context import Context
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
@@ -66,13 +65,6 @@ class LangfuseFeed(SpanProcessor):
         """False: what comes now is dropped. Asked before the SDK is, so that a back end that hangs does not cost its
         work."""
         return self._delivery.is_taking(self._room.items)
-
-    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        """Only of roots. The SDK marks a span as a trace's root unless it has seen its parent start, and the root of a
-        run is made after everything below it."""
-        if span.parent is None:
-            for processor in self._sdk.processors:
-                processor.on_start(span, parent_context)
 
     def on_end(self, span: ReadableSpan) -> None:
         if not self.is_taking or not self._room.take(1, weight(span)):
