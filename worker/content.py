@@ -1,7 +1,7 @@
 """What models, tools and people said, as a trace may show it: by the agent's `capture`, without secrets, bounded."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pydantic import JsonValue
 
@@ -141,5 +141,4 @@ def _text_part(text: str) -> JsonValue:
     return {"type": "text", "content": text}
 
 
-def _dump(value: JsonValue) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_dump: Callable[[JsonValue], str] = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -1,19 +1,15 @@
 """Spans on their way: collected for a moment, and encoded once, by whichever back end is the first to send them."""
 
-import gzip
-import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from worker.exporters.delivery import Delivery
+from worker.exporters.otlp import pack
 from worker.exporters.room import Room
 from worker.metrics import Drop
-
-logger = logging.getLogger(__name__)
 
 MOST_SPANS = 4_096
 MOST_BYTES = 16 * 1024 * 1024
@@ -24,8 +20,6 @@ BATCH_BYTES = 1024 * 1024
 BATCH_SECONDS = 1.0
 _SPAN_BYTES = 500
 """Of a span, beside the text in its attributes; roughly."""
-_COMPRESSION = 1
-"""The fastest level."""
 
 
 class Batch:
@@ -45,7 +39,7 @@ class Batch:
         """A compressed OTLP request, and how many spans are in it: those that cannot be encoded are left out."""
         with self._lock:
             if self._packed is None:
-                self._packed = _encode(self._spans)
+                self._packed = pack(self._spans)
                 self._spans = ()
             return self._packed
 
@@ -117,24 +111,4 @@ class Batcher(SpanProcessor):
 
 def weight(span: ReadableSpan) -> int:
     """About how many bytes it takes while it waits."""
-    return _SPAN_BYTES + sum(len(value) for value in (span.attributes or {}).values() if isinstance(value, str))
-
-
-def _encode(spans: Sequence[ReadableSpan]) -> tuple[bytes, int]:
-    try:
-        message = encode_spans(spans)
-    except ValueError:
-        spans = list(_encodable(spans))
-        message = encode_spans(spans)
-    return gzip.compress(message.SerializeToString(), _COMPRESSION), len(spans)
-
-
-def _encodable(spans: Sequence[ReadableSpan]) -> Iterator[ReadableSpan]:
-    """Not those whose name or error has half a character in it."""
-    for span in spans:
-        try:
-            encode_spans([span])
-        except ValueError as error:
-            logger.warning("span cannot be encoded", extra={"fields": {"error": type(error).__name__}})
-        else:
-            yield span
+    return _SPAN_BYTES + sum([len(value) for value in (span.attributes or {}).values() if isinstance(value, str)])
