@@ -57,7 +57,7 @@ async def measure_tracing(stack: Stack, rounds: int) -> list[Row]:
                     "langfuse": well["langfuse"],
                     "four": _all(well),
                 },
-                turns=rounds * TURNS_A_ROUND,
+                rounds=rounds,
             )
         finally:
             stack.worker.start()
@@ -73,23 +73,26 @@ async def measure_tracing(stack: Stack, rounds: int) -> list[Row]:
     ]
 
 
-async def _beside(stack: Stack, ways: Mapping[str, Mapping[str, str]], turns: int) -> dict[str, Turns]:
+async def _beside(stack: Stack, ways: Mapping[str, Mapping[str, str]], *, rounds: int) -> dict[str, Turns]:
     """Whole services that are there at the same time, each with its settings, in short turns."""
     measured = {name: Turns() for name in ways}
     async with AsyncExitStack() as there:
         services = {}
         for number, (name, settings) in enumerate(ways.items(), 3):
             services[name] = await there.enter_async_context(_service(stack, name, number, settings))
-            await run_scenario(services[name][0], WARM_UP_RUNS)
-        await asyncio.sleep(HANGING_SECONDS)
-        for number in range(turns):
-            # Now in one order and now in the other: nobody always comes after the same one.
-            for name in list(ways) if number % 2 == 0 else reversed(list(ways)):
-                client, worker = services[name]
-                before = _cpu_seconds(worker)
-                measured[name].speeds.append(await run_scenario(client, TURN_RUNS))
-                await asyncio.sleep(SETTLE_SECONDS)
-                measured[name].cpu_ms.append((_cpu_seconds(worker) - before) * 1000 / TURN_RUNS)
+        for _ in range(rounds):
+            for client, worker in services.values():
+                worker.restart()  # two processes of the same settings differ, too: by a tenth
+                await run_scenario(client, WARM_UP_RUNS)
+            await asyncio.sleep(HANGING_SECONDS)
+            for turn in range(TURNS_A_ROUND):
+                # Now in one order and now in the other: nobody always comes after the same one.
+                for name in list(ways) if turn % 2 == 0 else reversed(list(ways)):
+                    client, worker = services[name]
+                    before = _cpu_seconds(worker)
+                    measured[name].speeds.append(await run_scenario(client, TURN_RUNS))
+                    await asyncio.sleep(SETTLE_SECONDS)
+                    measured[name].cpu_ms.append((_cpu_seconds(worker) - before) * 1000 / TURN_RUNS)
     return measured
 
 
