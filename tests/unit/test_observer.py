@@ -14,12 +14,13 @@ from app.config import Settings
 from app.domain.build import Build
 from app.domain.errors import ModelUnavailable
 from app.domain.run import RunStatus, StopReason
-from app.domain.step import Usage
+from app.domain.step import ToolState, Usage
+from app.domain.tool import Effect
 from app.metrics import make_registry
 from app.prices import Price
 from app.redaction import Redaction
 from app.registry import load_agents
-from tests.unit.test_plan import ASKED, RUN, asked, state_of
+from tests.unit.test_plan import ASKED, RUN, asked, recorded, state_of
 from worker.llm.base import ModelReply, ModelRequest
 from worker.metrics import WorkerMetrics
 from worker.observer import Observer
@@ -140,6 +141,47 @@ def test_a_clock_that_is_wrong_does_not_move_spans_before_the_claim() -> None:
     assert queued.end_time is not None
     assert chat.start_time is not None
     assert 0 <= chat.start_time - queued.end_time < 1e9
+
+
+def test_a_span_does_not_end_before_it_began() -> None:
+    collected = Collected()
+    observer_with(collected).ended(
+        replace(RUN, status=RunStatus.SUCCEEDED, attempt=1, ended_at=RUN.created_at - timedelta(seconds=1))
+    )
+    [root] = collected.spans
+    assert root.end_time == root.start_time
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"output": "done"}, ("done", "text/plain")),
+        ({"output": {"done": True}}, ('{"done":true}', "application/json")),
+        ({"output": 0}, ("0", "application/json")),
+        ({"output": ""}, ("succeeded", "text/plain")),
+        (
+            {"status": RunStatus.FAILED, "stop_reason": StopReason.INTERNAL_ERROR, "error": "it broke"},
+            ("it broke", "text/plain"),
+        ),
+        ({"status": RunStatus.FAILED, "stop_reason": StopReason.INTERNAL_ERROR}, ("internal_error", "text/plain")),
+    ],
+)
+def test_a_run_always_says_what_came_of_it(changes: dict[str, Any], said: tuple[str, str]) -> None:
+    collected = Collected()
+    observer_with(collected).ended(replace(RUN, **{"status": RunStatus.SUCCEEDED, "ended_at": ASKED, **changes}))
+    attributes = collected.spans[-1].attributes or {}
+    assert (attributes["output.value"], attributes["output.mime_type"]) == said
+
+
+@pytest.mark.parametrize("result", [None, ""])
+def test_a_call_without_a_result_says_what_became_of_it(result: str | None) -> None:
+    collected = Collected()
+    call = recorded("echo", {"text": "x"}, Effect.READ, ToolState.FAILED)
+    step = call.model_copy(update={"result": result})
+    observer_with(collected).claimed(RUN).tool_called(step, 0.1)
+    attributes = collected.spans[-1].attributes or {}
+    assert (attributes["output.value"], attributes["output.mime_type"]) == ("failed", "text/plain")
+    assert attributes.get("gen_ai.tool.call.result") == result
 
 
 def test_of_an_agent_that_is_not_known_nothing_is_shown() -> None:

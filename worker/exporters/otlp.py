@@ -1,8 +1,8 @@
 """Spans as OTLP wants them: the OpenTelemetry Protocol's `ExportTraceServiceRequest`, for one request over HTTP.
 
 OpenTelemetry's own encoder makes the same bytes of them. But it builds every part as a message of its own and copies
-that into the next larger one: three times the work, and half of all that a span cost. Here each is filled in where it
-belongs.
+that into the next larger one: three times the work, and nearly half of what a span cost. Here each is filled in
+where it belongs.
 """
 
 import gzip
