@@ -99,7 +99,7 @@ def test_spans_of_several_tracers_are_written_as_the_library_does() -> None:
 
 def test_what_cannot_be_written_is_left_out_alone() -> None:
     resource = Resource({})
-    odd: dict[str, AttributeValue] = {"huge": 2**70, "half": "\ud800", "in a list": ("\ud800",), "x": 1}
+    odd: dict[str, AttributeValue] = {"huge": 2**70, "half": "\ud800", "in a list": ("\ud800",), "x": 1, "\ud800": 1}
     broken = ReadableSpan("execute_tool \ud800", context=CONTEXT, resource=resource)
     fine = ReadableSpan("fine", context=CONTEXT, resource=resource, attributes=odd)
     body, packed = pack([broken, fine, broken])

@@ -41,7 +41,7 @@ _STATUSES = {
 class _KeyValues(Protocol):
     """The part of protobuf's repeated fields that is used here."""
 
-    def add(self, *, key: str) -> KeyValue: ...
+    def add(self) -> KeyValue: ...
 
     def pop(self) -> object: ...
 
@@ -128,8 +128,10 @@ def _fill_link(message: Message.Link, link: Link) -> None:
 
 def _fill_attributes(messages: _KeyValues, attributes: Mapping[str, object] | None) -> None:
     for name, value in (attributes or {}).items():
+        message = messages.add()
         try:
-            _fill_value(messages.add(key=name).value, value)
+            message.key = name
+            _fill_value(message.value, value)
         except ValueError as error:  # an integer of more than 64 bits, for one
             messages.pop()
             fields = {"attribute": name, "error": type(error).__name__}
